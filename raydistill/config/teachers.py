@@ -1,0 +1,55 @@
+"""Teachers and the signals they write."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raydistill.config.base import Config
+from raydistill.config.models import ModelConfig
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class TopK(Config):
+    """Keep the K most probable tokens and the mass of the rest."""
+
+    kind: Literal["top_k"] = "top_k"
+
+
+class HeadTailSample(Config):
+    """Keep an exact head of tokens and an unbiased sample of the tail, seeded by the row id."""
+
+    kind: Literal["head_tail_sample"]
+    samples: int = Field(default=32, ge=1)
+    """Tokens drawn from the tail, with replacement; `top_k` is then the size of the exact head (0 is allowed)."""
+    seed: int = 0
+    """Base seed of the draws."""
+
+
+class TopKLogitsTeacher(Config):
+    """A causal language model whose next-token distributions are kept in short form."""
+
+    signal: Literal["top_k_logits"] = "top_k_logits"
+    name: Name
+    """Name of the teacher: of its cache folder, its losses and its lines in reports."""
+    model: ModelConfig
+    """The teacher."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of this teacher in the loss; weights are normalised over the teachers."""
+    top_k: int = Field(default=64, ge=0)
+    """Ids and log-probabilities kept per token."""
+    estimator: Annotated[TopK | HeadTailSample, Field(discriminator="kind")] = TopK()
+    """How the tail outside `top_k` is represented."""
+    temperatures: tuple[float, ...] = (2.0, 4.0)
+    """Temperatures whose exact tail mass is stored, for `temperature_mode: exact`."""
+    codec: Literal["fp16", "u8"] = "fp16"
+    """How log-probabilities and ids are stored: `fp16` loses nothing beyond fp16, `u8` is smaller and lossy."""
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Most tokens (padding included) in one teacher batch; a part of the cache's identity."""
+    chunk_tokens: int = Field(default=1024, ge=1)
+    """Tokens whose full logits exist at one time."""
+
+
+TeacherConfig = TopKLogitsTeacher

@@ -1,0 +1,132 @@
+"""Files on local disks, network file systems and object stores, through one code path (`pyarrow.fs`).
+
+`publish` is the only way a file comes into being: temporary name, sync and rename on file systems, one completed put
+on object stores. A file that has its final name is therefore whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from pyarrow import fs
+
+from raydistill.errors import DataError, OutOfSpace
+
+
+class Store:
+    """A folder, given as a path or as a URI (`s3://…`, `gs://…`)."""
+
+    def __init__(self, uri: str | os.PathLike[str]):
+        self.uri = str(uri).rstrip("/")
+        if "://" in self.uri:
+            self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
+        else:
+            self.filesystem, self.root = fs.LocalFileSystem(), str(Path(self.uri).absolute())
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+    def __truediv__(self, name: str) -> Store:
+        return Store(f"{self.uri}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files have paths of this machine's file system."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def path(self, name: str = "") -> str:
+        """Path of `name` within `self.filesystem`."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder `name` is there."""
+        return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
+
+    def names(self) -> list[str]:
+        """Names of the files directly in this folder, sorted; leftovers of interrupted writes are not among them."""
+        selector = fs.FileSelector(self.root, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in infos if i.type == fs.FileType.File and not i.base_name.startswith(".tmp-"))
+
+    def size(self, name: str) -> int:
+        """Bytes of file `name`."""
+        return int(self.filesystem.get_file_info(self.path(name)).size)
+
+    def read(self, name: str) -> bytes:
+        """Content of file `name`; `DataError` when it is missing or cannot be read."""
+        try:
+            with self.filesystem.open_input_stream(self.path(name)) as stream:
+                return bytes(stream.read())
+        except OSError as error:
+            raise DataError(f"cannot read {self.uri}/{name}: {error}") from error
+
+    def read_text(self, name: str) -> str:
+        """Content of a UTF-8 file."""
+        return self.read(name).decode()
+
+    def publish(self, name: str, write: bytes | str | Callable[[Path], None]) -> None:
+        """Make file `name` appear, whole, with the given content or what `write(path)` writes to a local path."""
+        if self.is_local:
+            final = Path(self.path(name))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            part = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
+            try:
+                _write(part, write)
+                _sync(part)
+                os.replace(part, final)
+                _sync(final.parent)
+            except OSError as error:
+                raise _explained(error, str(final)) from error
+            finally:
+                part.unlink(missing_ok=True)
+            return
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "file"
+            _write(part, write)
+            with self.filesystem.open_output_stream(self.path(name)) as out, part.open("rb") as source:
+                shutil.copyfileobj(source, out, 8 << 20)
+
+    def delete(self, name: str) -> None:
+        """Remove file `name` if it is there."""
+        if self.exists(name):
+            self.filesystem.delete_file(self.path(name))
+
+    def sha256(self, name: str) -> str:
+        """Hash of file `name`, in hexadecimal."""
+        digest = hashlib.sha256()
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            while block := stream.read(8 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def _write(path: Path, write: bytes | str | Callable[[Path], None]) -> None:
+    if callable(write):
+        write(path)
+    else:
+        path.write_bytes(write.encode() if isinstance(write, str) else write)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _explained(error: OSError, path: str) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return OutOfSpace(
+            f"cannot write {path}: the disk is full. Everything written before is kept; "
+            "make room (or point run_dir or cache.dir elsewhere) and run the same command again."
+        )
+    return error
