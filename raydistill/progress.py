@@ -1,0 +1,63 @@
+"""Progress of a long stage: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 20.0
+
+
+class Progress:
+    """Counts towards `total` units of work; use as a context manager and call `advance`."""
+
+    def __init__(self, label: str, *, total: float | None, unit: str, done: float = 0):
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self._first = done, done
+        self._bar: tqdm[None] | None = None
+        self._start = self._printed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._start = self._printed = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=self.label, total=self.total, initial=self.done, unit=f" {self.unit}", unit_scale=True,
+                dynamic_ncols=True, leave=True,
+            )  # fmt: skip
+        return self
+
+    def advance(self, amount: float, *, note: str = "") -> None:
+        """Add `amount` units; `note` is shown beside the count."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._printed >= QUIET_SECONDS:
+            self._printed = time.monotonic()
+            print(self._line(note), flush=True)
+
+    def _line(self, note: str) -> str:
+        seconds = time.monotonic() - self._start
+        rate = (self.done - self._first) / max(seconds, 1e-9)
+        line = f"{self.label}: {self.done:,.0f}"
+        if self.total is not None:
+            line += f"/{self.total:,.0f} {self.unit}, {rate:,.1f}/s"
+            if rate > 0:
+                line += f", {max(self.total - self.done, 0) / rate:,.0f} s left"
+        else:
+            line += f" {self.unit}, {rate:,.1f}/s"
+        return f"{line}; {note}" if note else line
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and self.done > self._first:
+            seconds = time.monotonic() - self._start
+            rate = (self.done - self._first) / max(seconds, 1e-9)
+            print(f"{self.label}: {self.done:,.0f} {self.unit} in {seconds:,.1f} s ({rate:,.1f}/s)", flush=True)
