@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -33,6 +33,15 @@ class LmLogitsRecipe(Config):
     """Weight of the MoE load-balancing loss; by default the student's own `router_aux_loss_coef`. 0 turns it off."""
     chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose full logits exist at one time."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the recipe reads a teacher's signal."""
+        return self.alpha > 0
+
+    def without_teacher(self) -> Self:
+        """The same recipe learning from the data alone: what the distilled student is compared with."""
+        return self.model_copy(update={"alpha": 0.0})
 
 
 RecipeConfig = LmLogitsRecipe
