@@ -1,0 +1,39 @@
+"""Tasks of lm-evaluation-harness, an optional package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.errors import ConfigError
+from raydistill.signals import JsonValue
+
+
+def require_harness() -> None:
+    """Raise `ConfigError` unless lm-evaluation-harness is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "evaluate.lm_eval_tasks needs the package lm-evaluation-harness, which is not installed. Install it with "
+            "`pip install 'raydistill[lm-eval]'`, or remove the key; evaluate.benchmarks scores request files without it."
+        )
+
+
+def run_harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, batch_size: int = 8
+) -> dict[str, JsonValue]:
+    """Results of each task as `{task: {metric: value}}`, with the metric names of the package."""
+    require_harness()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    results = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        verbosity=None,
+    )
+    return {
+        task: {name: value for name, value in found.items() if isinstance(value, int | float)}
+        for task, found in results["results"].items()
+    }
