@@ -61,7 +61,7 @@ class Manifest(Config):
     fields: dict[str, FieldRecord]
     """What a row holds."""
     facts: dict[str, JsonValue] = {}
-    """What a reader must know: vocabulary size, K, temperatures, codec, library versions and device kind that made it."""
+    """What a reader must know: vocabulary size, K, temperatures, codec, library versions and device kind."""
     shards: tuple[ShardRecord, ...]
     """All shards, in name order."""
 
@@ -81,7 +81,8 @@ class Manifest(Config):
         missing = sorted(set(names) - set(self.fields))
         if missing:
             raise CacheMismatch(
-                f"{where}: the recipe reads {sorted(names)}, the cache holds {sorted(self.fields)}; missing: {missing}. "
+                f"{where}: the recipe reads {sorted(names)}, the cache holds {sorted(self.fields)}; "
+                f"missing: {missing}. "
                 "Build the cache with the settings that write these fields."
             )
 
