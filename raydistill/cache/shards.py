@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Int32, Int64
 
 from raydistill.cache.batches import InputRow
-from raydistill.cache.codecs import RAW_PLANES, Codec, Fields, codec_for
+from raydistill.cache.codecs import RAW_PLANES, Codec, Fields, Plane, codec_for
 from raydistill.cache.manifest import FieldRecord, ShardRecord
 from raydistill.errors import DataError
 from raydistill.signals import Field, Schema
@@ -124,7 +123,7 @@ def _input_columns(rows: Sequence[InputRow]) -> list[pa.Array]:
 
 def read_inputs(store: Store, name: str, *, groups: Sequence[int] | None = None) -> list[InputRow]:
     """The rows of an inputs shard, or of some of its row groups; `DataError` when the file is damaged."""
-    table, _ = _read(store, name, groups)
+    table = read_table(store, name, groups=groups)
     columns = {column: table[column].to_pylist() for column in table.column_names}
     rows = []
     for i, row_id in enumerate(columns["row_id"]):
@@ -205,7 +204,8 @@ def _signal_columns(shard: SignalShard, start: int, stop: int, codec: Codec) -> 
     blobs = []
     for plane in planes.values():
         ends = (offsets - offsets[0]) * plane.shape[1]
-        blobs.append(pa.LargeBinaryArray.from_buffers(stop - start, pa.py_buffer(ends), pa.py_buffer(plane)))
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(plane)]
+        blobs.append(pa.Array.from_buffers(pa.large_binary(), stop - start, buffers))
     return [
         pa.array(shard.row_ids[start:stop], pa.string()),
         pa.array(shard.tokens_sha[start:stop], pa.binary(8)),
@@ -221,30 +221,37 @@ def read_signal(
 
     The codec `u8` needs `log_tail` to decode `logp`; it is read with it.
     """
-    wanted = None if fields is None else {*fields, *(("log_tail",) if "logp" in fields else ())}
-    table, meta = _read(store, name, groups, wanted)
-    codec = codec_for(meta["codec"], vocab_size=meta["vocab_size"])
-    if codec.version != meta["codec_version"]:
-        raise DataError(
-            f"{store.uri}/{name} was written with version {meta['codec_version']} of the codec {codec.name!r}; "
-            f"this package has version {codec.version}. Read it with the version that wrote it, or build it again."
-        )
-    described = {f: d for f, d in meta["fields"].items() if wanted is None or f in wanted}
-    dtypes = {field: np.dtype(d["dtype"]) for field, d in described.items()}
-    sizes = {field: tuple(d["sizes"]) for field, d in described.items()}
+    table = read_table(store, name, groups=groups, fields=fields)
+    where = f"{store.uri}/{name}"
     num_targets = _numbers(table["num_targets"])
     positions = int(num_targets.sum())
     planes = {
-        plane: _plane(table[plane], positions, where=f"{store.uri}/{name}, column {plane!r}")
-        for plane in table.column_names
-        if plane.rpartition(".")[0] in dtypes
+        column: _plane(table[column], positions, where=f"{where}, column {column!r}")
+        for column in table.column_names
+        if "." in column
     }
     return SignalShard(
         row_ids=table["row_id"].to_pylist(),
         tokens_sha=table["tokens_sha"].to_pylist(),
         num_targets=num_targets,
-        fields=codec.decode(planes, dtypes, sizes),
+        fields=decode_planes(planes, table.schema, where=where),
     )
+
+
+def decode_planes(planes: Mapping[str, Plane], schema: pa.Schema, *, where: str) -> dict[str, np.ndarray]:
+    """The fields whose planes are given, [positions, ...]; `schema` is that of the shard they come from."""
+    meta = json.loads(schema.metadata[b"raydistill"])
+    codec = codec_for(meta["codec"], vocab_size=meta["vocab_size"])
+    if codec.version != meta["codec_version"]:
+        raise DataError(
+            f"{where} was written with version {meta['codec_version']} of the codec {codec.name!r}; "
+            f"this package has version {codec.version}. Read it with the version that wrote it, or build it again."
+        )
+    given = {plane.rpartition(".")[0] for plane in planes}
+    described = {field: d for field, d in meta["fields"].items() if field in given}
+    dtypes = {field: np.dtype(d["dtype"]) for field, d in described.items()}
+    sizes = {field: tuple(d["sizes"]) for field, d in described.items()}
+    return codec.decode(planes, dtypes, sizes)
 
 
 def _plane(column: pa.ChunkedArray, positions: int, *, where: str) -> np.ndarray:
@@ -350,17 +357,20 @@ class _opened:
         )
 
 
-def _read(
-    store: Store, name: str, groups: Sequence[int] | None, fields: set[str] | None = None
-) -> tuple[pa.Table, dict[str, Any]]:
+def read_table(
+    store: Store, name: str, *, groups: Sequence[int] | None = None, fields: Sequence[str] | None = None
+) -> pa.Table:
+    """A shard as it is stored, blobs and metadata; only the blobs of `fields` (and what decoding them needs) if given.
+
+    The columns that identify rows are always there. `DataError` when the file is damaged.
+    """
     with _opened(store, name) as file:
-        meta = json.loads((file.schema_arrow.metadata or {})[b"raydistill"])
         columns = None
         if fields is not None:
-            columns = [c for c in file.schema_arrow.names if "." not in c or c.rpartition(".")[0] in fields]
-        if groups is None:
-            return file.read(columns=columns), meta
-        return file.read_row_groups(list(groups), columns=columns), meta
+            wanted = {*fields, *(("log_tail",) if "logp" in fields else ())}
+            columns = [c for c in file.schema_arrow.names if "." not in c or c.rpartition(".")[0] in wanted]
+        table = file.read(columns=columns) if groups is None else file.read_row_groups(list(groups), columns=columns)
+        return table.replace_schema_metadata(file.schema_arrow.metadata)
 
 
 def _numbers(column: pa.ChunkedArray) -> Int32[np.ndarray, " rows"]:
