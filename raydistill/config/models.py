@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from raydistill.config.base import Config
 
@@ -24,7 +24,7 @@ class TransformersModel(Config):
     """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
-    overrides: dict[str, JsonValue] = {}
+    overrides: dict[str, JsonValue] = Field(default={})
     """Keys of the model's own configuration to replace, e.g. `num_hidden_layers: 8`. Only with `init.kind: random`."""
     trust_remote_code: Literal[False] = False
     """Code that comes with a checkpoint is never run."""
@@ -35,8 +35,9 @@ class PythonModel(Config):
 
     library: Literal["python"]
     source: str = Field(pattern=r"^[\w.]+:\w+$")
-    """`module:function`; the function takes `arguments` as keywords and returns a causal language model of transformers."""
-    arguments: dict[str, JsonValue] = {}
+    """`module:function`; the function takes `arguments` as keywords and returns a causal language model
+    of transformers."""
+    arguments: dict[str, JsonValue] = Field(default={})
     """Keyword arguments of the function."""
     dtype: Dtype = "bfloat16"
     """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
@@ -72,7 +73,17 @@ class LayersInit(Config):
     num_layers: int | None = Field(default=None, ge=1)
     """Keep this many blocks, evenly spread with both ends: block `round(i (L-1) / (S-1))`."""
     layers: tuple[int, ...] | None = None
-    """Or keep exactly these blocks, counted from 0."""
+    """Or keep exactly these blocks, counted from 0, in ascending order."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if (self.num_layers is None) == (self.layers is None):
+            raise ValueError("wanted exactly one of num_layers and layers.")
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"layers: wanted different blocks in rising order, found {list(self.layers)}.")
+        if self.layers is not None and self.layers[0] < 0:
+            raise ValueError(f"layers: wanted blocks counted from 0, found {self.layers[0]}.")
+        return self
 
 
 class SharedCoreInit(Config):
@@ -100,3 +111,12 @@ class StudentConfig(Config):
     """Where the first weights come from."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+
+    @model_validator(mode="after")
+    def _overrides(self) -> Self:
+        if isinstance(self.model, TransformersModel) and self.model.overrides and not isinstance(self.init, RandomInit):
+            raise ValueError(
+                f"model.overrides: wanted none with init.kind: {self.init.kind}, whose weights fix the architecture, "
+                f"found {sorted(self.model.overrides)}; remove them, or use init.kind: random (or layers: fewer blocks)."
+            )
+        return self

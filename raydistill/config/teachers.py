@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raydistill.config.base import Config
 from raydistill.config.models import ModelConfig
@@ -50,6 +50,14 @@ class TopKLogitsTeacher(Config):
     """Most tokens (padding included) in one teacher batch; a part of the cache's identity."""
     chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose full logits exist at one time."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.estimator.kind == "top_k" and self.top_k == 0:
+            raise ValueError("top_k: wanted at least 1 with estimator top_k, found 0 (only head_tail_sample allows 0).")
+        if any(t <= 0 for t in self.temperatures) or len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"temperatures: wanted different numbers above 0, found {list(self.temperatures)}.")
+        return self
 
 
 TeacherConfig = TopKLogitsTeacher

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raydistill.config.base import Config
 from raydistill.config.recipes import LmLogitsRecipe, RecipeConfig
@@ -28,7 +29,7 @@ class BatchConfig(Config):
         if self.global_size % self.micro_size:
             raise ValueError(
                 f"global_size ({self.global_size}) must be a multiple of micro_size ({self.micro_size}); "
-                f"set micro_size to a divisor, e.g. {_divisor(self.global_size, self.micro_size)}"
+                f"set micro_size to a divisor, e.g. {_divisor(self.global_size, self.micro_size)}."
             )
         return self
 
@@ -66,7 +67,7 @@ class OptimizerConfig(Config):
     @model_validator(mode="after")
     def _restarts(self) -> Self:
         if (self.schedule == "cosine_restarts") != (self.restart_steps is not None):
-            raise ValueError("restart_steps goes with schedule: cosine_restarts, and only with it")
+            raise ValueError("restart_steps: goes with schedule cosine_restarts, and only with it.")
         return self
 
 
@@ -80,6 +81,15 @@ class TrainableRule(Config):
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay of these parameters (biases and norms included) instead of the optimizer's."""
 
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"wanted a regular expression, found {match!r}: {error}.") from error
+        return match
+
 
 class OffloadConfig(Config):
     """Where DeepSpeed keeps a part of the state."""
@@ -91,6 +101,12 @@ class OffloadConfig(Config):
     pin_memory: bool = False
     """Use pinned host memory."""
 
+    @model_validator(mode="after")
+    def _path(self) -> Self:
+        if (self.device == "nvme") != (self.nvme_path is not None):
+            raise ValueError("nvme_path: goes with device: nvme, and only with it.")
+        return self
+
 
 class ZeroConfig(Config):
     """DeepSpeed ZeRO."""
@@ -101,6 +117,16 @@ class ZeroConfig(Config):
     """Offload optimizer state (stages 1 to 3)."""
     offload_parameters: OffloadConfig | None = None
     """Offload parameters (stage 3)."""
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        if self.offload_optimizer is not None and self.stage == 0:
+            raise ValueError("offload_optimizer: needs stage 1, 2 or 3, found stage 0.")
+        if self.offload_optimizer is not None and self.offload_optimizer.device == "nvme" and self.stage != 3:
+            raise ValueError(f"offload_optimizer: device nvme needs stage 3, found stage {self.stage}.")
+        if self.offload_parameters is not None and self.stage != 3:
+            raise ValueError(f"offload_parameters: needs stage 3, found stage {self.stage}.")
+        return self
 
 
 class EmaConfig(Config):
@@ -122,7 +148,8 @@ class CheckpointConfig(Config):
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     best_metric: str | None = None
-    """Also keep the checkpoint with the best value of this evaluation metric, and hand it to the next phase and the export."""
+    """Also keep the checkpoint with the best value of this evaluation metric, and hand it to the next phase
+    and the export."""
     best_mode: Literal["min", "max"] = "min"
     """Whether a small or a large `best_metric` is good."""
 
@@ -143,7 +170,8 @@ class PhaseConfig(Config):
     optimizer: dict[str, OptimizerConfig]
     """One optimizer per player; most recipes have the one player `student`."""
     trainable: tuple[TrainableRule, ...] = ()
-    """Rules for the parameters: first match wins and unmatched parameters are frozen. No rules: everything is trained."""
+    """Rules for the parameters: first match wins and unmatched parameters are frozen. No rules: everything is
+    trained."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of forward and backward pass; masters and optimizer state are fp32."""
     zero: ZeroConfig = ZeroConfig()
@@ -162,5 +190,5 @@ class PhaseConfig(Config):
     @model_validator(mode="after")
     def _length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"phase {self.name!r}: give exactly one of steps and epochs")
+            raise ValueError("wanted exactly one of steps and epochs.")
         return self

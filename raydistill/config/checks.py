@@ -1,0 +1,105 @@
+"""Checks that span sections of the configuration and need neither torch nor data.
+
+Each problem is one line that starts with the dotted key it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from raydistill.config.recipes import LmLogitsRecipe
+from raydistill.config.teachers import TopKLogitsTeacher
+
+if TYPE_CHECKING:
+    from raydistill.config.schema import RunConfig
+
+RESERVED_TEACHERS = ("inputs", "student", "student_init", "student_ce", "comparison")
+"""Names that caches and metrics.json use for other things than a teacher."""
+RESERVED_PHASES = ("baseline",)
+"""Names that the run folder uses for other things than a phase."""
+PLAYERS = {LmLogitsRecipe: ("student",)}
+"""The networks that each recipe trains, each of which needs an optimizer."""
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Everything that is wrong between the sections of `config`."""
+    return [
+        *_names(config),
+        *_weights(config),
+        *(p for i in range(len(config.phases)) for p in _phase(config, i)),
+        *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
+        *_resources(config),
+    ]
+
+
+def _names(config: RunConfig) -> Iterator[str]:
+    groups = (
+        ("teachers", [t.name for t in config.teachers], RESERVED_TEACHERS),
+        ("phases", [p.name for p in config.phases], RESERVED_PHASES),
+    )
+    for section, names, reserved in groups:
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield f"{section}.{index}.name: wanted a name of its own, found {name!r} a second time."
+            if name in reserved:
+                yield f"{section}.{index}.name: {name!r} is reserved ({', '.join(reserved)}); choose another name."
+
+
+def _weights(config: RunConfig) -> Iterator[str]:
+    uses_teachers = any(p.recipe.uses_teacher for p in config.phases)
+    if uses_teachers and sum(t.weight for t in config.teachers) == 0:
+        yield "teachers.0.weight: every teacher has weight 0; wanted at least one above 0."
+
+
+def _phase(config: RunConfig, index: int) -> Iterator[str]:
+    phase, at = config.phases[index], f"phases.{index}"
+    players = PLAYERS[type(phase.recipe)]
+    for name in phase.optimizer:
+        if name not in players:
+            yield f"{at}.optimizer.{name}: recipe {phase.recipe.kind} trains {', '.join(players)}, found {name!r}."
+    for name in players:
+        if name not in phase.optimizer:
+            yield f"{at}.optimizer: recipe {phase.recipe.kind} trains {name!r}: add {name}: {{lr: …}}."
+    if phase.start_from == "ema" and (index == 0 or config.phases[index - 1].ema is None):
+        before = "the first phase has none before it" if index == 0 else f"phases.{index - 1}.ema is null"
+        yield f"{at}.start_from: ema needs a phase before that keeps an average; {before}."
+    if phase.checkpoint.best_metric is not None and config.evaluate.every_steps is None:
+        yield (
+            f"{at}.checkpoint.best_metric: {phase.checkpoint.best_metric!r} is measured during training only when "
+            "evaluate.every_steps is set; set it, or best_metric: null."
+        )
+
+
+def _recipe(config: RunConfig, index: int) -> Iterator[str]:
+    recipe, at = config.phases[index].recipe, f"phases.{index}.recipe"
+    if not isinstance(recipe, LmLogitsRecipe) or not recipe.uses_teacher:
+        return
+    for teacher in config.teachers:
+        if not isinstance(teacher, TopKLogitsTeacher) or teacher.weight == 0:
+            continue
+        if recipe.top_k is not None and recipe.top_k > teacher.top_k:
+            yield f"{at}.top_k: teacher {teacher.name!r} keeps {teacher.top_k}, found {recipe.top_k}; lower it."
+        if recipe.tail == "renormalise" and teacher.top_k == 0:
+            yield f"{at}.tail: renormalise compares inside the top k, and teacher {teacher.name!r} has top_k: 0."
+        needs_grid = recipe.temperature_mode == "exact" and recipe.temperature != 1.0
+        if needs_grid and recipe.temperature not in teacher.temperatures:
+            grid = ", ".join(f"{t:g}" for t in sorted({1.0, *teacher.temperatures}))
+            yield (
+                f"{at}.temperature: with temperature_mode: exact, wanted one that teacher {teacher.name!r} stores "
+                f"({grid}), found {recipe.temperature:g}; add it to the teacher's or use coarse."
+            )
+
+
+def _resources(config: RunConfig) -> Iterator[str]:
+    train, teacher = config.resources.train, config.resources.teacher
+    if train.accelerator is not None and train.gpus == 0:
+        yield "resources.train.accelerator: asks for a kind of GPU, but resources.train.gpus is 0; set it to 1."
+    if teacher.accelerator is not None and teacher.gpus == 0:
+        yield "resources.teacher.accelerator: asks for a kind of GPU, but resources.teacher.gpus is 0."
+    if train.workers == 0 and train.gpus > 0:
+        yield "resources.train.gpus: workers: 0 trains in the driver, without a GPU; set resources.train.workers: 1."
+    if config.evaluate.asynchronous and config.evaluate.every_steps is None:
+        yield "evaluate.asynchronous: there is nothing to evaluate beside training; set evaluate.every_steps."
+    if config.evaluate.asynchronous and train.workers == 0:
+        yield "evaluate.asynchronous: needs training workers of their own; set resources.train.workers to at least 1."

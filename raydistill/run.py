@@ -1,0 +1,171 @@
+"""The command line: `python -m raydistill.run FILES… [key=value …] [--stages a,b] [--check] [--plan] [--debug]`.
+
+Ray, torch and everything that needs them are imported inside functions, so that `--check` and a misspelt key answer
+in a fraction of a second and on a machine that has neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from raydistill.config.load import OVERRIDE, load_config
+from raydistill.config.paths import resolve_paths
+from raydistill.config.schema import STAGES, RunConfig
+from raydistill.errors import ConfigError, Interrupted, RaydistillError
+
+EPILOG = f"""\
+stages, in order:
+  {", ".join(STAGES)}
+
+examples:
+  raydistill configs/quickstart.yaml
+  raydistill configs/lm_topk.yaml configs/size/8xh100.yaml phases.0.recipe.alpha=0.5
+  raydistill configs/lm_topk.yaml --check
+  raydistill configs/lm_topk.yaml --plan plan.accelerator=H200
+  raydistill configs/lm_topk.yaml --stages verify
+  ray job submit --working-dir . -- python -m raydistill.run configs/lm_topk.yaml
+
+Files merge left to right: maps merge, lists are replaced. Overrides come last; their values are YAML, and numbers in a
+key are positions in a list. Every key is described in docs/configuration.md. The same command continues a run that was
+stopped; finished stages are skipped. RAY_ADDRESS names a running cluster to join; without it a local one is started.
+
+exit status:
+  0  done
+  1  stopped, or something unforeseen
+  2  the configuration or the data cannot be used
+  3  a cache is damaged or a line of the checklist failed
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_intermixed_args(arguments)
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        _act(options)
+    except KeyboardInterrupt:
+        stopped = Interrupted(f"stopped; what is finished is kept. Go on with:\n  {_command(arguments)}")
+        return _report(stopped, stopped, options.debug)
+    except Exception as error:
+        return _report(error, root_cause(error), options.debug)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raydistill",
+        usage="%(prog)s FILE [FILE ...] [key=value ...] [--stages NAMES] [--check | --plan] [--debug]",
+        description="Distil a teacher into a student: inputs, teacher signals, verification, training, evaluation, "
+        "export and report.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="+", metavar="FILE | key=value", help="configuration files, then overrides")
+    parser.add_argument("--stages", metavar="NAMES", help="run exactly these stages, separated by commas")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="check the configuration and do nothing else")
+    instead.add_argument("--plan", action="store_true", help="say what the run will cost and do nothing else")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _act(options: argparse.Namespace) -> None:
+    overrides = [word for word in options.words if OVERRIDE.match(word)]
+    files = [word for word in options.words if not OVERRIDE.match(word)]
+    if not files:
+        raise ConfigError("wanted at least one configuration file, found only overrides; e.g. configs/quickstart.yaml")
+    stages = parse_stages(options.stages) if options.stages is not None else None
+    config = load_config(files, overrides)
+    if options.check:
+        print(f"{config.name}: the configuration is valid ({_summary(config)})")
+    elif options.plan:
+        from raydistill.plan import plan, table
+
+        print(table(plan(resolve_paths(config))))
+    else:
+        from raydistill.pipeline import run
+
+        run(resolve_paths(config), stages)
+
+
+def parse_stages(text: str) -> tuple[str, ...]:
+    """The stages in a comma-separated list, in the order of the pipeline; `ConfigError` for an unknown one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in STAGES:
+            near = difflib.get_close_matches(name, STAGES, n=1)
+            hint = f"; nearest: {near[0]}" if near else ""
+            raise ConfigError(f"--stages: wanted names out of {', '.join(STAGES)}; found {name!r}{hint}.")
+    if not names:
+        raise ConfigError(f"--stages: wanted at least one of {', '.join(STAGES)}; found none.")
+    return tuple(stage for stage in STAGES if stage in names)
+
+
+def _summary(config: RunConfig) -> str:
+    parts = [(len(config.teachers), "teacher"), (len(config.phases), "phase")]
+    return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in parts)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first `RaydistillError` among an error and what it wraps, else the error itself.
+
+    Ray wraps the errors of workers in its own; those carry the original in `cause` or in the chain of causes.
+    """
+    return next((e for e in _wrapped(error, set()) if isinstance(e, RaydistillError)), error)
+
+
+def _wrapped(error: object, seen: set[int]) -> Iterator[BaseException]:
+    if not isinstance(error, BaseException) or id(error) in seen:
+        return
+    seen.add(id(error))
+    # An error that Ray raises in the guise of its cause inherits from it too, but its text is a remote traceback.
+    inner = getattr(error, "cause", None)
+    yield from _wrapped(inner, seen)
+    yield error
+    failures = getattr(error, "worker_failures", None)
+    for below in (error.__cause__, error.__context__, *(failures.values() if isinstance(failures, dict) else ())):
+        yield from _wrapped(below, seen)
+
+
+def _report(error: BaseException, cause: BaseException, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(cause, RaydistillError):
+        label = "" if isinstance(cause, Interrupted) else "error: "
+        print(f"raydistill: {label}{cause}", file=sys.stderr)
+        return cause.exit_status
+    line = next((text for text in reversed(str(cause).strip().splitlines()) if text.strip()), "no message")
+    print(f"raydistill: unexpected {type(cause).__name__}: {line.strip()}", file=sys.stderr)
+    if not debug:
+        print("Run the same command with --debug for the traceback.", file=sys.stderr)
+    return 1
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "raydistill.run", *arguments])
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Treat a polite kill (a job's stop, a node's shutdown) like Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def console() -> NoReturn:
+    """The `raydistill` script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()
