@@ -16,16 +16,21 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import pyarrow as pa
 
 from raydistill.errors import DataError, OutOfSpace
 
+V = TypeVar("V")
 NUM_LOCKS = 64
+STALE_SECONDS = 3600
+"""An unfinished file of this age was left behind by a process that was killed."""
 
 
 def local_folder() -> Path:
@@ -39,22 +44,25 @@ def local_folder() -> Path:
     return folder
 
 
-class LocalShards:
+class LocalShards(Generic[V]):
     """Arrow tables by key, unpacked on demand into a folder of at most `limit_bytes`.
 
     `limit_bytes` is by default half of what is free on the disk. The table that was asked for last always stays, so a
     folder that is too small makes reading slow, never wrong. Safe to use from several threads and processes.
+
+    `view` turns a mapped table into whatever the reader wants to keep of it; it is called once per mapping.
     """
 
-    def __init__(self, folder: Path | None = None, limit_bytes: int | None = None):
+    def __init__(self, view: Callable[[pa.Table], V], *, folder: Path | None = None, limit_bytes: int | None = None):
+        self._view = view
         self._folder = folder or local_folder()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._limit = limit_bytes or (shutil.disk_usage(self._folder).free + _size(self._folder)) // 2
-        self._mapped: OrderedDict[str, tuple[pa.Table, int]] = OrderedDict()
+        self._limit = limit_bytes or _half_of_the_disk(self._folder)
+        self._mapped: OrderedDict[str, tuple[V, int]] = OrderedDict()
         self._guard = threading.Lock()
 
-    def table(self, key: str, read: Callable[[], pa.Table]) -> pa.Table:
-        """The table of `key`, mapped; `read` makes it when it is not on this machine yet."""
+    def get(self, key: str, read: Callable[[], pa.Table]) -> V:
+        """The view of table `key`; `read` makes the table when it is not on this machine yet."""
         with self._guard:
             if key in self._mapped:
                 self._mapped.move_to_end(key)
@@ -62,16 +70,17 @@ class LocalShards:
         while True:
             path = self.unpack(key, read)
             try:
-                table, size = pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path.stat().st_size
+                table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
                 break
             except FileNotFoundError:  # another process made room in between
                 continue
+        view = self._view(table)
         with self._guard:
-            self._mapped[key] = (table, size)
+            self._mapped[key] = (view, table.nbytes)
             # A removed file takes room for as long as it is mapped, so what is mapped counts against the limit too.
             while len(self._mapped) > 1 and sum(size for _, size in self._mapped.values()) > self._limit:
                 self._mapped.popitem(last=False)
-        return table
+        return view
 
     def unpack(self, key: str, read: Callable[[], pa.Table]) -> Path:
         """The file of `key`, made by one process or thread while the others wait."""
@@ -102,20 +111,25 @@ class LocalShards:
 
     def _make_room(self, size: int) -> None:
         """Remove the files that were not used for longest until `size` more bytes fit."""
-        found = []
-        for path in self._folder.glob("*.arrow"):
-            try:
-                info = path.stat()
-            except FileNotFoundError:  # another process makes room too
-                continue
-            found.append((info.st_mtime_ns, info.st_size, path))
-        total = sum(file_size for _, file_size, _ in found)
-        for _, file_size, path in sorted(found):
+        files = sorted(_files(self._folder))
+        total = sum(file_size for _, file_size, _ in files)
+        for _, file_size, path in files:
             if total + size <= self._limit:
                 return
             path.unlink(missing_ok=True)
             total -= file_size
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.arrow"))
+def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Time of last use, bytes and path of the files that may be removed."""
+    for path in folder.glob("*.arrow"):
+        try:
+            found = path.stat()
+        except FileNotFoundError:  # another process makes room too
+            continue
+        if not path.name.startswith(".tmp-") or found.st_mtime < time.time() - STALE_SECONDS:
+            yield found.st_mtime, found.st_size, path
+
+
+def _half_of_the_disk(folder: Path) -> int:
+    return (shutil.disk_usage(folder).free + sum(size for _, size, _ in _files(folder))) // 2

@@ -169,6 +169,13 @@ def read_index(store: Store, name: str) -> RowIndex:
         )
 
 
+def read_counts(store: Store, name: str) -> dict[str, Int32[np.ndarray, " rows"]]:
+    """`num_tokens`, `num_targets` and `text_bytes` of the rows of an inputs shard."""
+    with _opened(store, name) as file:
+        table = file.read(columns=["num_tokens", "num_targets", "text_bytes"])
+        return {column: _numbers(table[column]) for column in table.column_names}
+
+
 # --- signals ----------------------------------------------------------------------------------------------------
 
 
