@@ -7,9 +7,10 @@ is a Llama of transformers without any block, so it goes wherever a pretrained m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,29 @@ from transformers import (
 )
 
 from raydistill.cache.batches import InputRow
+from raydistill.cache.codecs import codec_for
+from raydistill.cache.manifest import Manifest, ShardRecord, fingerprint_of
+from raydistill.cache.shards import (
+    INPUT_FIELDS,
+    SignalShard,
+    field_records,
+    publish_record,
+    shard_name,
+    tokens_sha,
+    write_inputs,
+    write_signal,
+)
+from raydistill.signals import Field, JsonValue, Schema
+from raydistill.storage import Store
 
+TOP_K_FIELDS: Schema = {
+    "ids": Field(torch.int32, ("target", "k"), "most probable ids, by descending probability"),
+    "logp": Field(torch.float16, ("target", "k"), "their log-probabilities, nats"),
+    "log_tail": Field(torch.float16, ("target",), "log of the mass outside ids, nats"),
+    "entropy": Field(torch.float16, ("target",), "entropy, nats"),
+    "psi": Field(torch.float16, ("target", "grid"), "log of the sum of p^(1/T) outside ids, for each T"),
+    "label_logp": Field(torch.float16, ("target",), "log-probability of the true next token, nats"),
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
@@ -94,8 +117,8 @@ def bigram_model(bigram: Bigram) -> LlamaForCausalLM:
     head divides away. With V a power of 4 that is exact in every floating-point format.
     """
     vocab_size = bigram.vocab_size
-    root = int(vocab_size**0.5)
-    assert root * root == vocab_size and root & (root - 1) == 0, "the vocabulary size must be a power of 4"
+    root = 2 ** (vocab_size.bit_length() // 2)
+    assert root * root == vocab_size, "the vocabulary size must be a power of 4"
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=vocab_size,
@@ -116,7 +139,14 @@ def bigram_model(bigram: Bigram) -> LlamaForCausalLM:
     return model
 
 
-def tiny_llama(vocab_size: int = 97, *, seed: int = 0, hidden: int = 32, layers: int = 2, tied: bool = True) -> LlamaForCausalLM:
+def bigram_teacher(vocab_size: int = 64, seed: int = 0) -> LlamaForCausalLM:
+    """`bigram_model(Bigram.random(...))`, for `model: {library: python, source: "toys:bigram_teacher"}`."""
+    return bigram_model(Bigram.random(vocab_size, seed))
+
+
+def tiny_llama(
+    vocab_size: int = 97, *, seed: int = 0, hidden: int = 32, layers: int = 2, tied: bool = True
+) -> LlamaForCausalLM:
     """A random Llama in fp32 and eval mode; about 20,000 parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -202,6 +232,122 @@ def toy_rows(
         ids = np.concatenate([bigram.sample(int(n), rng) for n in segments])
         rows.append(InputRow(f"{prefix}#{i}.0", ids, target, segments, text_bytes=4 * int(target.sum())))
     return rows
+
+
+@dataclass(frozen=True)
+class ToyCaches:
+    """An inputs cache and the signals of bigram teachers, with the rows they were made from."""
+
+    inputs: Store
+    signals: dict[str, Store]
+    teachers: dict[str, Bigram]
+    rows: dict[str, list[InputRow]]
+    """By split, in cache order: row i of the list is row i of a `Dataset`."""
+
+
+def write_toy_caches(
+    folder: Path,
+    *,
+    teachers: Mapping[str, Bigram] | None = None,
+    num_rows: int = 50,
+    num_held_out: int = 10,
+    shard_rows: int = 8,
+    longest: int = 12,
+    top_k: int = 8,
+    temperatures: tuple[float, ...] = (2.0,),
+    codec: str = "fp16",
+    seed: int = 0,
+) -> ToyCaches:
+    """Finished caches below `folder`: text of the first teacher (by default one teacher, `toy`) and exact signals."""
+    teachers = dict(teachers or {"toy": Bigram.random(seed=seed)})
+    first = next(iter(teachers.values()))
+    vocab_size = first.vocab_size
+    inputs = Store(folder / "inputs-toy")
+    rows: dict[str, list[InputRow]] = {"train": [], "held_out": []}
+    shards: list[tuple[str, list[InputRow]]] = []
+    for split, count in (("train", num_rows), ("held_out", num_held_out)):
+        drawn = toy_rows(first, count, longest=longest, seed=seed + (split == "held_out"), prefix=f"{split}.txt")
+        for start in range(0, count, shard_rows):
+            shard = sorted(drawn[start : start + shard_rows], key=lambda row: (len(row.input_ids), row.row_id))
+            rows[split] += shard
+            shards.append((split, shard))
+    content: dict[str, JsonValue] = {
+        "toy": "inputs",
+        "seed": seed,
+        "rows": [num_rows, num_held_out, shard_rows, longest],
+    }
+    records = [write_inputs(inputs, shard_name(k), shard, split=split) for k, (split, shard) in enumerate(shards)]
+    facts: dict[str, JsonValue] = {
+        "vocab_size": vocab_size,
+        "tokenizer": "toy",
+        "num_rows": {split: len(rows[split]) for split in rows},
+        "num_tokens": {split: sum(len(row.input_ids) for row in rows[split]) for split in rows},
+        "num_targets": {split: sum(int(row.target.sum()) for row in rows[split]) for split in rows},
+    }
+    parent = _finish(inputs, "inputs", content, None, INPUT_FIELDS, facts, records)
+    signals = {}
+    for name, bigram in teachers.items():
+        signals[name] = Store(folder / f"{name}-toy")
+        records = [
+            write_signal(
+                signals[name],
+                shard_name(k),
+                signal_shard(bigram, shard, top_k=top_k, temperatures=temperatures),
+                codec_for(codec, vocab_size=vocab_size),
+                split=split,
+                vocab_size=vocab_size,
+            )
+            for k, (split, shard) in enumerate(shards)
+        ]
+        facts = {
+            "vocab_size": vocab_size,
+            "head_rows": vocab_size,
+            "top_k": top_k,
+            "temperatures": list(temperatures),
+            "estimator": "top_k",
+            "samples": 0,
+            "sample_seed": 0,
+            "codec": codec,
+            "tokenizer": "toy",
+        }
+        content = {"toy": name, "inputs": parent, "top_k": top_k, "temperatures": list(temperatures), "codec": codec}
+        _finish(signals[name], "signal", content, parent, TOP_K_FIELDS, facts, records)
+    return ToyCaches(inputs, signals, teachers, rows)
+
+
+def signal_shard(bigram: Bigram, rows: Sequence[InputRow], *, top_k: int, temperatures: Sequence[float]) -> SignalShard:
+    """The exact signal of some rows, as it is written."""
+    found = [bigram.top_k_signal(row, top_k, temperatures) for row in rows]
+    return SignalShard(
+        row_ids=[row.row_id for row in rows],
+        tokens_sha=[tokens_sha(row.input_ids) for row in rows],
+        num_targets=np.array([row.target.sum() for row in rows], np.int32),
+        fields={name: np.concatenate([fields[name] for fields in found]) for name in TOP_K_FIELDS},
+    )
+
+
+def _finish(
+    store: Store,
+    kind: Literal["inputs", "signal"],
+    content: dict[str, JsonValue],
+    parent: str | None,
+    fields: Schema,
+    facts: dict[str, JsonValue],
+    records: list[ShardRecord],
+) -> str:
+    for record in records:
+        publish_record(store, record)
+    manifest = Manifest(
+        kind=kind,
+        content=content,
+        fingerprint=fingerprint_of(content),
+        parent=parent,
+        fields=field_records(fields),
+        facts=facts,
+        shards=tuple(records),
+    )
+    store.publish("manifest.json", manifest.model_dump_json(indent=1) + "\n")
+    return manifest.fingerprint
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -26,11 +26,13 @@ class StepBatches:
     num_rows: int
     """Rows of the whole step, over all ranks; each counted once."""
     micro_batches: list[dict[str, Tensor]]
-    """This rank's micro-batches; as many on every rank. Those that only keep ranks in step have no target."""
+    """This rank's micro-batches; as many on every rank."""
+    num_real: int
+    """The first `num_real` micro-batches count. The others only keep the ranks in step: they have no target."""
     positions: list[tuple[int, ...]]
     """Per micro-batch: the place of each row in the global batch, the key of its random draws."""
     row_ids: list[str]
-    """Ids of the rows of `micro_batches` that count, in order."""
+    """Ids of the rows of the micro-batches that count, in order."""
     wait_seconds: float
     """How long the consumer waited for this step."""
 
@@ -116,21 +118,23 @@ class Loader:
         places = np.argsort(-self._dataset.num_tokens[rows.indices].astype(np.int64), kind="stable")
         cuts = [places[i : i + self._micro_size] for i in range(0, len(places), self._micro_size)]
         turns = -(-len(cuts) // self._world_size)
-        micro_batches, positions, row_ids = [], [], []
-        for turn in range(turns):
-            j = turn * self._world_size + self._rank
-            counts = j < len(cuts)
-            cut = cuts[j] if counts else cuts[-1]
-            batch = self._dataset.batch(rows.indices[cut])
-            if counts:
-                row_ids += self._dataset.row_ids(rows.indices[cut])
-            else:
-                batch = without_targets(batch)
-            if self._pin_memory:
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-            micro_batches.append(batch)
-            positions.append(tuple(int(p) for p in cut))
-        return StepBatches(step, rows.epoch, len(rows.indices), micro_batches, positions, row_ids, 0.0)
+        mine = cuts[self._rank :: self._world_size]
+        num_real = len(mine)
+        mine += [cuts[-1]] * (turns - num_real)
+        micro_batches = [self._dataset.batch(rows.indices[cut]) for cut in mine]
+        micro_batches[num_real:] = [without_targets(batch) for batch in micro_batches[num_real:]]
+        if self._pin_memory:
+            micro_batches = [{n: t.pin_memory() for n, t in batch.items()} for batch in micro_batches]
+        return StepBatches(
+            step=step,
+            epoch=rows.epoch,
+            num_rows=len(rows.indices),
+            micro_batches=micro_batches,
+            num_real=num_real,
+            positions=[tuple(int(place) for place in cut) for cut in mine],
+            row_ids=[row_id for cut in mine[:num_real] for row_id in self._dataset.row_ids(rows.indices[cut])],
+            wait_seconds=0.0,
+        )
 
 
 def _drain(ready: queue.Queue[StepBatches | _Failure | None]) -> None:
