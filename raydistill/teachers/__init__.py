@@ -13,4 +13,5 @@ from raydistill.teachers.logits import TopKLogitsTeacher
 def build_teacher(config: TeacherConfig, vocab_size: int) -> Teacher:
     """Load the teacher of `config` onto the GPU of this process, or its CPU; `vocab_size` counts the real token ids."""
     model = load_language_model(config.model)
-    return TopKLogitsTeacher(config, model.cuda() if torch.cuda.is_available() else model, vocab_size)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return TopKLogitsTeacher(config, model, vocab_size)
