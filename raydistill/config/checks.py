@@ -73,22 +73,41 @@ def _phase(config: RunConfig, index: int) -> Iterator[str]:
 
 def _recipe(config: RunConfig, index: int) -> Iterator[str]:
     recipe, at = config.phases[index].recipe, f"phases.{index}.recipe"
-    if not isinstance(recipe, LmLogitsRecipe) or not recipe.uses_teacher:
+    if not recipe.uses_teacher:
         return
-    for teacher in config.teachers:
-        if not isinstance(teacher, TopKLogitsTeacher) or teacher.weight == 0:
-            continue
-        if recipe.top_k is not None and recipe.top_k > teacher.top_k:
-            yield f"{at}.top_k: teacher {teacher.name!r} keeps {teacher.top_k}, found {recipe.top_k}; lower it."
-        if recipe.tail == "renormalise" and teacher.top_k == 0:
-            yield f"{at}.tail: renormalise compares inside the top k, and teacher {teacher.name!r} has top_k: 0."
-        needs_grid = recipe.temperature_mode == "exact" and recipe.temperature != 1.0
-        if needs_grid and recipe.temperature not in teacher.temperatures:
-            grid = ", ".join(f"{t:g}" for t in sorted({1.0, *teacher.temperatures}))
-            yield (
-                f"{at}.temperature: with temperature_mode: exact, wanted one that teacher {teacher.name!r} stores "
-                f"({grid}), found {recipe.temperature:g}; add it to the teacher's or use coarse."
-            )
+    used = [t for t in config.teachers if t.weight > 0]
+    kinds = sorted({t.estimator.kind for t in used})
+    if len(kinds) > 1:
+        yield f"{at}: the teachers of a phase need one estimator, found {' and '.join(kinds)}; set one estimator.kind."
+    for teacher in used:
+        yield from _signal(recipe, teacher, at)
+
+
+def _signal(recipe: LmLogitsRecipe, teacher: TopKLogitsTeacher, at: str) -> Iterator[str]:
+    """What a recipe wants of a teacher's signal and the signal does not hold."""
+    sampled = teacher.estimator.kind == "head_tail_sample"
+    exact = recipe.temperature_mode == "exact" and recipe.temperature != 1.0
+    who = f"teacher {teacher.name!r}"
+    if recipe.top_k is not None and recipe.top_k > teacher.top_k:
+        yield f"{at}.top_k: {who} keeps {teacher.top_k}, found {recipe.top_k}; lower it."
+    if exact and (sampled or recipe.tail == "bucket") and recipe.temperature not in teacher.temperatures:
+        grid = ", ".join(f"{t:g}" for t in sorted({1.0, *teacher.temperatures}))
+        yield (
+            f"{at}.temperature: with temperature_mode: exact, wanted one that {who} stores ({grid}), "
+            f"found {recipe.temperature:g}; add it to the teacher's temperatures, or use temperature_mode: coarse."
+        )
+    if not sampled:
+        return
+    wishes = {
+        "divergence": (recipe.divergence, "forward_kl"),
+        "tail": (recipe.tail, "bucket"),
+        "top_k": (recipe.top_k, None),
+    }
+    for key, (found, wanted) in wishes.items():
+        if found != wanted:
+            yield f"{at}.{key}: the sampled signal of {who} wants {wanted or 'null'}, found {found}."
+    if recipe.temperature != 1.0 and not exact:
+        yield f"{at}.temperature_mode: the sampled signal of {who} wants exact at T = {recipe.temperature:g}."
 
 
 def _resources(config: RunConfig) -> Iterator[str]:

@@ -117,6 +117,6 @@ class StudentConfig(Config):
         if isinstance(self.model, TransformersModel) and self.model.overrides and not isinstance(self.init, RandomInit):
             raise ValueError(
                 f"model.overrides: wanted none with init.kind: {self.init.kind}, whose weights fix the architecture, "
-                f"found {sorted(self.model.overrides)}; remove them, or use init.kind: random (or layers: fewer blocks)."
+                f"found {sorted(self.model.overrides)}; remove them, or use init.kind: random, or layers."
             )
         return self

@@ -38,7 +38,7 @@ def require_shared_folder(config: RunConfig, num_nodes: int) -> None:
     if wrong:
         raise ConfigError(
             f"{', '.join(wrong)}: a folder of one node, on a cluster of {num_nodes}; wanted one that every node sees: "
-            "set RAYDISTILL_HOME to a shared folder, or run_dir and cache.dir to absolute paths or to s3:// or gs:// URIs."
+            "set RAYDISTILL_HOME to a shared folder, or run_dir and cache.dir to shared folders or object stores."
         )
 
 

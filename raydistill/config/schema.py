@@ -132,12 +132,17 @@ class TrackingConfig(Config):
 class PlanConfig(Config):
     """What `--plan` assumes."""
 
-    accelerator: str = "H100"
+    accelerator: Literal["A100", "B200", "H100", "H200", "L4", "L40S"] = "H100"
     """Accelerator on which hours are counted."""
     utilisation: float = Field(default=0.4, gt=0, le=1)
     """Share of its dense bf16 peak that is reached."""
     price_per_hour: float | None = Field(default=None, gt=0)
     """Price of one accelerator hour, in any currency."""
+    bytes_per_token: float = Field(default=4.0, gt=0)
+    """Bytes of uncompressed text per token, for inputs that are not tokenised yet; about 4 for English and
+    2 to 3 for code."""
+    compression: float = Field(default=3.0, ge=1)
+    """Bytes of text per byte of a compressed file (`.gz`, `.zst`, `.bz2`, `.xz`)."""
 
 
 class RunConfig(Config):

@@ -22,7 +22,7 @@ class HeadTailSample(Config):
     """Keep an exact head of tokens and an unbiased sample of the tail, seeded by the row id."""
 
     kind: Literal["head_tail_sample"]
-    samples: int = Field(default=32, ge=1)
+    samples: int = Field(default=32, ge=1, le=255)
     """Tokens drawn from the tail, with replacement; `top_k` is then the size of the exact head (0 is allowed)."""
     seed: int = 0
     """Base seed of the draws."""

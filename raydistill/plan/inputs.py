@@ -1,0 +1,193 @@
+"""How many rows and tokens there will be, and how many bytes the caches take.
+
+Counted where the caches are there, estimated from file sizes otherwise; every number says which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from pyarrow import fs
+
+from raydistill.cache.codecs import codec_for
+from raydistill.cache.content import inputs_content, signal_content
+from raydistill.cache.manifest import Manifest, fingerprint_of
+from raydistill.config.base import Config
+from raydistill.config.schema import RunConfig
+from raydistill.config.sources import TextSource
+from raydistill.config.teachers import HeadTailSample, TeacherConfig
+from raydistill.errors import RaydistillError
+from raydistill.signals import JsonValue
+from raydistill.sources.files import DataFile, find_files
+from raydistill.sources.records import open_parquet
+from raydistill.storage import Store
+
+INPUT_BYTES = 4 + 1 / 8
+"""Bytes per token of an inputs cache before compression: an int32 id and one bit of the target mask."""
+ROW_BYTES = 64
+"""Bytes per row of either cache for the row's id, hash and counts; an estimate."""
+COMPRESSION = {"inputs": 0.55, "fp16": 0.80, "u8": 0.75}
+"""Stored bytes per byte before compression of inputs and of each codec, for caches that do not exist yet; measured on
+SmolLM2 output, K = 64."""
+
+
+class InputsPlan(Config):
+    """Rows and tokens of the inputs."""
+
+    rows: int
+    """Rows, training and held out."""
+    tokens: int
+    """Tokens in them."""
+    targets: int
+    """Tokens that are predicted; an upper bound where it is an estimate."""
+    train_rows: int
+    """Rows that are trained on."""
+    train_tokens: int
+    """Tokens in them."""
+    cached: bool
+    """Whether the inputs cache is there, so that the numbers are exact."""
+    basis: str
+    """How the numbers came about."""
+    bytes_per_token: float
+    """Bytes of the inputs cache per token."""
+    total_bytes: int
+    """Bytes of the inputs cache."""
+
+
+class CachePlan(Config):
+    """Size of a signal cache."""
+
+    raw_bytes_per_token: float
+    """Bytes per target before compression: the codec's planes, exactly."""
+    bytes_per_token: float
+    """Bytes per target on disk."""
+    total_bytes: int
+    """Bytes on disk."""
+    cached: bool
+    """Whether the cache is there, so that the size is exact and the teacher need not run."""
+
+
+def plan_inputs(config: RunConfig, missing: list[str]) -> tuple[InputsPlan | None, Manifest | None]:
+    """Rows and tokens; reasons why a number cannot be had are added to `missing`."""
+    manifest = None
+    if _has_inputs(config):  # otherwise the files need not be hashed, which can take long
+        try:
+            manifest = _manifest(config, "inputs", inputs_content(config))
+        except RaydistillError as error:
+            missing.append(f"whether the inputs cache is there: {error}")
+    if manifest is not None:
+        return _counted(manifest), manifest
+    try:
+        return _estimated(config, missing), None
+    except RaydistillError as error:
+        missing.append(f"rows and tokens: {error}")
+        return None, None
+
+
+def _has_inputs(config: RunConfig) -> bool:
+    """Whether the cache folder holds any inputs."""
+    caches = Store(config.cache.dir)
+    infos = caches.filesystem.get_file_info(fs.FileSelector(caches.root, allow_not_found=True))
+    return any(info.base_name.startswith("inputs-") for info in infos)
+
+
+def _manifest(config: RunConfig, name: str, content: Mapping[str, JsonValue]) -> Manifest | None:
+    store = Store(config.cache.dir) / f"{name}-{fingerprint_of(content)}"
+    return Manifest.model_validate_json(store.read("manifest.json")) if store.exists("manifest.json") else None
+
+
+def _counted(manifest: Manifest) -> InputsPlan:
+    train = manifest.split_shards("train")
+    tokens, total = sum(s.tokens for s in manifest.shards), sum(s.bytes for s in manifest.shards)
+    targets = manifest.facts.get("num_targets")
+    return InputsPlan(
+        rows=sum(s.rows for s in manifest.shards),
+        tokens=tokens,
+        targets=sum(int(str(n)) for n in targets.values()) if isinstance(targets, dict) else tokens,
+        train_rows=sum(s.rows for s in train),
+        train_tokens=sum(s.tokens for s in train),
+        cached=True,
+        basis="counted in the inputs cache",
+        bytes_per_token=total / max(tokens, 1),
+        total_bytes=total,
+    )
+
+
+def _estimated(config: RunConfig, missing: list[str]) -> InputsPlan | None:
+    source, plan = config.source, config.plan
+    if source.dataset is not None:
+        missing.append(f"rows and tokens: the size of the data set {source.dataset.id} is known once it is read")
+        return None
+    files = find_files(source.paths)
+    text = sum(_text_bytes(file, source, plan.compression) for file in files)
+    tokens = round(text / plan.bytes_per_token)
+    rows = math.ceil(tokens / source.seq_len)
+    if source.max_rows is not None and rows > source.max_rows:
+        rows = source.max_rows
+        tokens = rows * source.seq_len
+    kept = 1 - config.evaluate.held_out
+    per_token = INPUT_BYTES * COMPRESSION["inputs"] + ROW_BYTES / source.seq_len
+    basis = f"estimated from {len(files)} files, {plan.bytes_per_token:g} bytes of text per token, full rows"
+    if any(file.compression for file in files):
+        basis += f", {plan.compression:g} bytes of text per compressed byte"
+    return InputsPlan(
+        rows=rows,
+        tokens=tokens,
+        targets=tokens,
+        train_rows=round(rows * kept),
+        train_tokens=round(tokens * kept),
+        cached=False,
+        basis=basis,
+        bytes_per_token=per_token,
+        total_bytes=round(tokens * per_token),
+    )
+
+
+def _text_bytes(file: DataFile, source: TextSource, compression: float) -> float:
+    """Bytes of text in a file; keys and quotes of JSON count as text."""
+    if file.format == "parquet":
+        metadata = open_parquet(file).metadata
+        keys = (source.text_key, source.messages_key)
+        groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+        columns = (g.column(i) for g in groups for i in range(g.num_columns))
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in keys)
+    return file.size * (compression if file.compression else 1.0)
+
+
+def plan_cache(
+    config: RunConfig, teacher: TeacherConfig, inputs: InputsPlan | None, manifest: Manifest | None, vocab_size: int
+) -> CachePlan:
+    """Size of a teacher's signal cache, for ids below `vocab_size`."""
+    raw = raw_bytes_per_target(teacher, vocab_size)
+    if manifest is not None:
+        try:
+            signal = _manifest(config, teacher.name, signal_content(config, teacher, manifest))
+        except RaydistillError:
+            signal = None  # the teacher's own plan says why its weights cannot be read
+        if signal is not None:
+            total, targets = sum(s.bytes for s in signal.shards), sum(s.tokens for s in signal.shards)
+            return CachePlan(
+                raw_bytes_per_token=raw, bytes_per_token=total / max(targets, 1), total_bytes=total, cached=True
+            )
+    stored = raw * COMPRESSION[teacher.codec]
+    if inputs is not None:
+        stored += ROW_BYTES * inputs.rows / max(inputs.targets, 1)
+    total = round(stored * inputs.targets) if inputs is not None else 0
+    return CachePlan(raw_bytes_per_token=raw, bytes_per_token=stored, total_bytes=total, cached=False)
+
+
+def raw_bytes_per_target(teacher: TeacherConfig, vocab_size: int) -> int:
+    """Bytes of one target before compression, by encoding one with the codec itself."""
+    fields: dict[str, np.ndarray] = {
+        "ids": np.zeros((1, teacher.top_k), np.int32),
+        "logp": np.zeros((1, teacher.top_k), np.float16),
+        "psi": np.zeros((1, len(teacher.temperatures)), np.float16),
+        **{name: np.zeros((1,), np.float16) for name in ("log_tail", "entropy", "label_logp")},
+    }
+    if isinstance(teacher.estimator, HeadTailSample):
+        drawn = (1, teacher.estimator.samples)
+        fields |= {"tail_ids": np.zeros(drawn, np.int32), "tail_counts": np.zeros(drawn, np.uint8)}
+        fields["tail_logp"] = np.zeros(drawn, np.float16)
+    return sum(plane.nbytes for plane in codec_for(teacher.codec, vocab_size=vocab_size).encode(fields).values())
