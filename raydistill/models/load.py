@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (

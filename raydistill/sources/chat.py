@@ -21,7 +21,7 @@ def rendered(
     """The conversation as the chat template writes it, and the character spans of the assistant's own words.
 
     A template with `{% generation %}` marks them itself. Otherwise the text up to each answer is rendered twice: with
-    the generation prompt instead of it, and with it. What the second adds is the answer with its end-of-turn token, less
+    the generation prompt, and with the answer. What the second adds is the answer with its end-of-turn token, less
     white space behind it. That needs a template which only ever appends; `DataError` when it does not.
     """
     template = tokenizer.get_chat_template()
