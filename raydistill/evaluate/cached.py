@@ -1,10 +1,11 @@
 """What the caches say by themselves: the teacher's own line, and the facts and histograms of the report.
 
-cache_stats.json: `{"inputs": {rows, tokens, targets: {split: n}, bytes}, "signals": {teacher: {...}}}` where a signal has
+cache_stats.json: `{"inputs": {rows, tokens: {split: n}, bytes}, "signals": {teacher: {...}}}` where a signal has
 
-* from its manifest: `rows`, `targets`, `bytes`, `bytes_per_target`, `top_k`, `estimator`, `codec`, `temperatures`, `vocab_size`;
-* from `sampled_targets` targets of sampled training rows: `mass_in_k`, `entropy` and `confidence` (of the most probable token),
-  each `{"edges": [n + 1], "shares": [n], "mean": x}`; `mass_in_k` and `confidence` are null where no id is kept.
+* from its manifest `rows`, `targets`, `bytes`, `bytes_per_target`, `top_k`, `estimator`, `codec`, `temperatures` and
+  `vocab_size`;
+* from `sampled_targets` targets of sampled training rows `mass_in_k`, `entropy` and `confidence` (of the most probable
+  token), each `{"edges": [n + 1], "shares": [n], "mean": x}`; without ids the first and the last are null.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from raydistill.evaluate.language import HeldOut, calibration_sums, language_met
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
-MASS_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
+MASS_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 """Classes of the mass inside K; most tokens crowd near 1."""
 CONFIDENCE_EDGES = tuple(b / 10 for b in range(11))
 ENTROPY_BINS = 24

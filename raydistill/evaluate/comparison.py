@@ -1,17 +1,16 @@
 """Student beside teacher: the `comparison` section of metrics.json, with the same keys for every kind of model.
 
-| key | meaning |
-|---|---|
-| `quality_metric` | name of the metric that ranks the models: `perplexity` of a language model, an error of a denoiser, … |
-| `lower_is_better` | direction of that metric |
-| `teacher_quality`, `student_init_quality`, `student_ce_quality`, `student_quality` | its values; the student before training, trained without a teacher, and distilled |
-| `gap_closed` | share of the way from the untrained student to the teacher that the distilled student has gone: 0 none, 1 all, above 1 better than the teacher |
-| `baseline_gap_closed` | the same for the student that was trained without a teacher |
-| `better_than_init`, `better_than_baseline` | whether the distilled student wins |
-| `parameters_ratio`, `bytes_ratio`, `speed_ratio` | student over teacher |
+* `quality_metric`, `lower_is_better`: the metric that ranks the models (`perplexity` of a language model, an error of a
+  denoiser, …) and its direction;
+* `teacher_quality`, `student_init_quality`, `student_ce_quality`, `student_quality`: its values for the teacher and for
+  the student before training, trained without a teacher, and distilled;
+* `gap_closed`: the share of the way from the untrained student to the teacher that the distilled student has gone
+  (0 none, 1 all, more: better than the teacher); `baseline_gap_closed`: the same for training without a teacher;
+* `better_than_init`, `better_than_baseline`: whether the distilled student wins;
+* `parameters_ratio`, `bytes_ratio`, `speed_ratio`: student over teacher.
 
 What was not measured is null. Metrics that are exponentials of a mean (perplexity) are compared by their logarithm,
-because a difference of cross-entropies is a number of nats while a difference of perplexities depends on where it stands.
+because a difference of cross-entropies is a number of nats wherever it stands.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "evaluate.lm_eval_tasks needs the package lm-evaluation-harness, which is not installed. Install it with "
-            "`pip install 'raydistill[lm-eval]'`, or remove the key; evaluate.benchmarks scores request files without it."
+            "`pip install 'raydistill[lm-eval]'`, or remove the key: evaluate.benchmarks needs no extra package."
         )
 
 

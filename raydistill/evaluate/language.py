@@ -1,6 +1,6 @@
 """A language model on held-out rows: against the data, and against the distributions its teachers left in the cache.
 
-Everything is a sum over target positions, so that micro-batches and ranks add up; `language_metrics` divides at the end.
+Everything is a sum over target positions, so that micro-batches and ranks add up; `language_metrics` divides.
 The output head works on chunks of tokens: the logits of all tokens never exist at once.
 
 Notation: p teacher, q student, K the teacher's stored ids, y the true next token, V the vocabulary.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from raydistill.cache.read import Dataset, open_manifest
 from raydistill.config.schema import RunConfig
-from raydistill.models.language import Head, head_of, hidden_states
+from raydistill.models.language import head_of, hidden_states
 from raydistill.recipes.base import TeacherView
 from raydistill.signals import Batch, JsonValue
 from raydistill.storage import Store
@@ -213,7 +213,7 @@ class LanguageValidator:
         total = torch.zeros(len(sum_names(self.rows.teachers)), dtype=torch.float64, device=states.device)
         for start in range(0, len(labels), self.rows.chunk_tokens):
             chunk = slice(start, start + self.rows.chunk_tokens)
-            logits = head_logits(head, states[chunk])
+            logits = head.logits(states[chunk])
             total += score_tokens(logits, labels[chunk], [{k: v[chunk] for k, v in s.items()} for s in signals])
         return total
 
@@ -252,7 +252,7 @@ def measure_speed(model: nn.Module, rows: HeldOut, *, seconds: float = SPEED_SEC
         start = time.perf_counter()
         hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
         head, states = head_of(model, rows.vocab_size), hidden.states[batch["valid"]]
-        best = [head_logits(head, chunk).argmax(-1) for chunk in states.split(rows.chunk_tokens)]
+        best = [head.logits(chunk).argmax(-1) for chunk in states.split(rows.chunk_tokens)]
         torch.cat(best).tolist()  # waits for the device
         if turn:
             tokens, spent = tokens + len(states), spent + time.perf_counter() - start

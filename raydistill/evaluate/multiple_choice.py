@@ -74,8 +74,8 @@ def read_questions(path: str | Path, *, most: int | None = None) -> list[Questio
     for doc_id, question in questions.items():
         if len(question.choices) < 2 or not 0 <= question.label < len(question.choices):
             raise DataError(
-                f"{path}: wanted multiple choice, but question {doc_id} has {len(question.choices)} continuation(s) and "
-                f"the label {question.label}. The file is incomplete, or of another kind of benchmark."
+                f"{path}: wanted multiple choice, but question {doc_id} has {len(question.choices)} continuation(s) "
+                f"and the label {question.label}. The file is incomplete, or of another kind of benchmark."
             )
     if not questions:
         raise DataError(f"{path}: wanted requests with a doc_id below {UNCONDITIONAL:,}, found none")
@@ -198,7 +198,7 @@ def _log_probabilities(
     at, column = torch.tensor(rows, device=ids.device), torch.tensor(columns, device=ids.device)
     found: list[Tensor] = []
     for r, c in zip(at.split(chunk_tokens), column.split(chunk_tokens), strict=True):
-        logits = head_logits(head, states[r, c]).float()
+        logits = head.logits(states[r, c]).float()
         found.append(-torch.nn.functional.cross_entropy(logits, ids[r, c + 1], reduction="none").double())
     sums = torch.zeros(len(batch), dtype=torch.float64, device=ids.device)
     return [float(x) for x in sums.index_add_(0, at, torch.cat(found)).tolist()]

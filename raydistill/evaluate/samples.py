@@ -72,7 +72,9 @@ def _beginning(held_out: Dataset, row: int, tokenizer: PreTrainedTokenizerBase, 
     starts = (positions == 0).nonzero()[:, 0].tolist()
     ids: list[int] = batch["input_ids"][0][: starts[1] if len(starts) > 1 else len(positions)].tolist()
     cut = min(PROMPT_TOKENS, max(1, len(ids) // 2))
-    before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:cut], ids[cut:][:num_tokens]))
+    before, after = (
+        str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:cut], ids[cut:][:num_tokens])
+    )
     return Prompt(tuple(ids[:cut]), before, after or None)
 
 

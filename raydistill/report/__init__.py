@@ -1,0 +1,66 @@
+"""report.html: one self-contained page about a run, made from the files of the run folder alone.
+
+Read, where they are there: config.json (`{"config", "versions"}`), metrics.jsonl, baseline/metrics.jsonl, metrics.json,
+samples.json, cache_stats.json and stages.json (`{stage: {"seconds", "gpu_seconds"}}`; else `stages` of metrics.json).
+The page needs no network and no script; charts are inline SVG and the colours follow the reader's light or dark mode.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
+
+from raydistill.report import page
+from raydistill.report.curves import held_out_figures, in_thirds, loss_figures, machine_figures, read_log
+from raydistill.report.words import ROLE_NAMES, lede
+from raydistill.signals import JsonValue
+from raydistill.storage import Store
+
+
+def write_report(run: Store) -> None:
+    """Write report.html into the run folder."""
+    run.publish("report.html", render_report(run))
+
+
+def render_report(run: Store) -> str:
+    """The page as text. The same files give the same text."""
+    stored = page.section(_json(run, "config.json"))
+    config, metrics = page.section(stored.get("config")), page.section(_json(run, "metrics.json"))
+    stats = page.section(_json(run, "cache_stats.json"))
+    log, baseline = read_log(run, "metrics.jsonl"), read_log(run, "baseline/metrics.jsonl")
+    teachers, student = page.players(config)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    folder = resources.files(__package__)
+    template = environment.from_string(folder.joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        style=folder.joinpath("report.css").read_text(encoding="utf-8"),
+        name=str(config.get("name", "run")),
+        teachers=teachers,
+        student=student,
+        lede=lede(metrics),
+        tiles=page.tiles(metrics),
+        roles=[(role, ROLE_NAMES[role]) for role in page.measured(metrics)],
+        role_names=ROLE_NAMES,
+        standing=[f for f in (page.quality_figure(metrics), page.closeness_figure(metrics)) if f],
+        rows=page.comparison_rows(metrics),
+        held_out=page.section(metrics.get("held_out")),
+        in_thirds=in_thirds,
+        losses=loss_figures(log, baseline),
+        evaluations=held_out_figures(log, baseline),
+        machine=machine_figures(log),
+        benchmarks=page.benchmarks(metrics),
+        samples=page.samples(page.section(_json(run, "samples.json"))),
+        inputs=page.cache_facts(stats),
+        signals=page.signals(stats),
+        stages=page.stages(page.section(_json(run, "stages.json") or metrics.get("stages"))),
+        resources=page.resources(config),
+        settings=page.settings(config),
+        versions=page.section(stored.get("versions")),
+    )
+
+
+def _json(run: Store, name: str) -> JsonValue:
+    found: JsonValue = json.loads(run.read_text(name)) if run.exists(name) else None
+    return found

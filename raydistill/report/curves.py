@@ -1,0 +1,188 @@
+"""The training curves of a run: metrics.jsonl, with the baseline's lines over them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from raydistill.report.charts import NARROW, WIDE, Format, Point, Series, line_chart, needs_log, number, percent
+from raydistill.report.words import METRICS, as_number, said
+from raydistill.signals import JsonValue
+from raydistill.storage import Store
+
+JsonLine = Mapping[str, JsonValue]
+DISTILLED, BASELINE = "distilled", "without a teacher"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart with its heading; `log` is the same chart on a logarithmic axis, where that makes sense."""
+
+    title: str
+    note: str
+    chart: str
+    log: str = ""
+    legend: tuple[tuple[str, str], ...] = ()
+    """(name, tone) of each line, where there are several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The lines of one metrics.jsonl, with steps counted over all phases."""
+
+    lines: tuple[tuple[float, JsonLine], ...]
+    phases: tuple[tuple[float, str], ...]
+    """First step and name of each phase."""
+
+    def points(self, value: Callable[[JsonLine], JsonValue]) -> list[Point]:
+        """(step, value) of the lines that have the value."""
+        found = ((x, as_number(value(line))) for x, line in self.lines)
+        return [(x, y) for x, y in found if y is not None]
+
+    def keys(self, section: str) -> list[str]:
+        """Names inside a mapping of the lines (`parts`, `lr`, `evaluation`), in order of appearance."""
+        names = (name for _, line in self.lines for name in _section(line, section))
+        return list(dict.fromkeys(names))
+
+
+def read_log(store: Store, name: str) -> Log:
+    """The log `name`, or an empty one."""
+    text = store.read_text(name) if store.exists(name) else ""
+    return _arranged([json.loads(line) for line in text.splitlines() if line.strip()])
+
+
+def _arranged(lines: Iterable[JsonLine]) -> Log:
+    """Lay the phases end to end: each one counts its steps from 0."""
+    placed: list[tuple[float, JsonLine]] = []
+    phases: list[tuple[float, str]] = []
+    offset = end = 0.0
+    for line in lines:
+        phase, step = str(line.get("phase", "")), as_number(line.get("step")) or 0.0
+        if not phases or phases[-1][1] != phase:
+            offset = end
+            phases.append((offset, phase))
+        end = max(end, offset + step)
+        placed.append((offset + step, line))
+    return Log(tuple(placed), tuple(phases))
+
+
+def _section(line: JsonLine, name: str) -> Mapping[str, JsonValue]:
+    value = line.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _of(section: str, name: str) -> Callable[[JsonLine], JsonValue]:
+    return lambda line: _section(line, section).get(name)
+
+
+def loss_figures(log: Log, baseline: Log) -> list[Figure]:
+    """The optimised loss, then each part; the baseline is drawn where it has the same part."""
+    names = log.keys("parts")
+    width = NARROW if in_thirds(1 + len(names)) else WIDE
+    figures = [_pair("Loss", "what is optimised", log, baseline, _loss, overlay=False, width=width)]
+    figures += [_pair(_words(n), "part of the loss", log, baseline, _of("parts", n), width=width) for n in names]
+    return [f for f in figures if f.chart]
+
+
+def in_thirds(count: int) -> bool:
+    """Whether `count` charts stand better in three columns than in two."""
+    return count == 3 or count > 4
+
+
+def _loss(line: JsonLine) -> JsonValue:
+    return line.get("loss")
+
+
+def held_out_figures(log: Log, baseline: Log) -> list[Figure]:
+    """The evaluations during training."""
+    known = {metric.name: metric for metric in METRICS}
+    figures = []
+    for name in log.keys("evaluation"):
+        if name == "loss":  # perplexity says it
+            continue
+        metric = known.get(name)
+        unit = metric.unit if metric else ""
+        title, note = (metric.title, metric.meaning) if metric else (_words(name), "on held-out rows")
+        value, say = _of("evaluation", name), partial(said, unit=unit)
+        figures.append(_pair(title, note, log, baseline, value, width=NARROW, y_format=say))
+    return [f for f in figures if f.chart]
+
+
+def machine_figures(log: Log) -> list[Figure]:
+    """Learning rate, gradient norm, speed and waiting."""
+    groups = log.keys("lr")
+    rates = [Series(g, log.points(_of("lr", g)), f"c{i % 6}") for i, g in enumerate(groups)]
+    has_tokens = bool(log.points(lambda line: line.get("tokens_per_second")))
+    speed = "tokens_per_second" if has_tokens else "samples_per_second"
+    figures = [
+        _single("Learning rate", "by parameter group" if len(groups) > 1 else "", rates, log, smooth=False),
+        _single("Gradient norm", "before clipping", [_plain(log, lambda line: line.get("grad_norm"))], log),
+        _single("Speed", speed.replace("_", " "), [_plain(log, lambda line: line.get(speed))], log),
+        _single(
+            "Waiting for data",
+            "share of a step's time",
+            [_plain(log, _waiting)],
+            log,
+            y_format=percent,
+        ),
+    ]
+    return [f for f in figures if f.chart]
+
+
+def _waiting(line: JsonLine) -> JsonValue:
+    waited, seconds = as_number(line.get("data_wait_seconds")), as_number(line.get("seconds"))
+    return waited / seconds if waited is not None and seconds else None
+
+
+def _plain(log: Log, value: Callable[[JsonLine], JsonValue]) -> Series:
+    return Series(DISTILLED, log.points(value), "student")
+
+
+def _single(
+    title: str, note: str, series: Sequence[Series], log: Log, *, smooth: bool = True, y_format: Format = number
+) -> Figure:
+    chart = line_chart(series, label=title, zero=True, smooth=smooth, marks=_marks(log), y_format=y_format)
+    return Figure(title, note, chart, legend=_legend(series))
+
+
+def _pair(
+    title: str,
+    note: str,
+    log: Log,
+    baseline: Log,
+    value: Callable[[JsonLine], JsonValue],
+    *,
+    overlay: bool = True,
+    width: float = WIDE,
+    y_format: Format = number,
+) -> Figure:
+    series = [Series(DISTILLED, log.points(value), "student")]
+    if overlay and (points := baseline.points(value)):
+        series.append(Series(BASELINE, points, "student_ce", dashed=True))
+    chart, log_chart = (
+        line_chart(series, label=title, width=width, log=is_log, marks=_marks(log), y_format=y_format)
+        for is_log in (False, True)
+    )
+    if any(y <= 0 for s in series for _, y in s.points):
+        log_chart = ""
+    if needs_log(series):  # the logarithmic chart is the better first view
+        chart, log_chart = log_chart, chart
+        note += ", logarithmic axis"
+    return Figure(title, note, chart, log_chart, _legend(series))
+
+
+def _legend(series: Sequence[Series]) -> tuple[tuple[str, str], ...]:
+    return tuple((s.name, s.tone) for s in series) if len(series) > 1 else ()
+
+
+def _marks(log: Log) -> list[tuple[float, str]]:
+    return list(log.phases) if len(log.phases) > 1 else []
+
+
+def _words(name: str) -> str:
+    """`kl/smollm` as `KL · smollm`, `cross_entropy` as `Cross entropy`."""
+    first, *rest = name.replace("_", " ").split("/")
+    first = first.upper() if len(first) <= 3 else first[:1].upper() + first[1:]
+    return " · ".join([first, *rest])

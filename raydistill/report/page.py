@@ -1,0 +1,338 @@
+"""The sections of the report, each from one or two files of the run folder; a section without its files is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from omegaconf import OmegaConf
+
+from raydistill.report.charts import NBSP, Bar, bar_chart, dot_chart, histogram, number, percent
+from raydistill.report.curves import Figure
+from raydistill.report.words import IN_TABLE_ELSEWHERE, METRICS, ROLE_NAMES, Metric, as_number, duration, said, size
+from raydistill.signals import JsonValue
+
+CLOSENESS = ("kl_to_teacher", "mse_to_teacher")
+"""Metrics of which one is drawn beside the quality."""
+Json = Mapping[str, JsonValue]
+LOGITS_BYTES = 2
+"""Bytes per logit of an uncompressed bf16 distribution, to compare the cache with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell of the comparison table."""
+
+    text: str
+    role: str
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A metric, for every model that was measured."""
+
+    title: str
+    meaning: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What one teacher left in the cache."""
+
+    teacher: str
+    facts: tuple[tuple[str, str], ...]
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt and its continuations: (who, tone, text)."""
+
+    prompt: str
+    reference: str | None
+    outputs: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmarks:
+    """Scores by benchmark and model."""
+
+    figures: tuple[Figure, ...]
+    roles: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Time by stage."""
+
+    chart: str
+    total: str
+    gpu_total: str | None
+
+
+def section(value: JsonValue | Json | None) -> Json:
+    """`value` as a mapping, an empty one where it is none."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def measured(metrics: Json) -> list[str]:
+    """Roles that metrics.json has a line for, in the order of columns."""
+    return [role for role in ROLE_NAMES if section(metrics.get(role))]
+
+
+def quality_figure(metrics: Json) -> Figure | None:
+    """Where every model stands on the metric that ranks them."""
+    comparison = section(metrics.get("comparison"))
+    name = str(comparison.get("quality_metric", ""))
+    values = {role: as_number(comparison.get(f"{role}_quality")) for role in ROLE_NAMES}
+    bars = [Bar(ROLE_NAMES[r], v, number(v), r) for r, v in values.items() if v is not None]
+    if len(bars) < 2:
+        return None
+    log = all(b.value > 0 for b in bars) and max(b.value for b in bars) > 8 * min(b.value for b in bars)
+    title = title_of(name)
+    note = "lower is better" if comparison.get("lower_is_better") else "higher is better"
+    note = f"on held-out rows, {note}" + (", logarithmic axis" if log else "")
+    return Figure(title, note, dot_chart(bars, label=title, log=log))
+
+
+def closeness_figure(metrics: Json) -> Figure | None:
+    """How far each student is from the teacher."""
+    for metric in METRICS:
+        if metric.name not in CLOSENESS:
+            continue
+        values = {r: as_number(section(metrics.get(r)).get(metric.name)) for r in ROLE_NAMES if r != "teacher"}
+        bars = [Bar(ROLE_NAMES[r], v, said(v, metric.unit), r) for r, v in values.items() if v is not None]
+        if len(bars) > 1:
+            return Figure(metric.title, metric.meaning, dot_chart(bars, label=metric.title, zero=True))
+    return None
+
+
+def title_of(name: str) -> str:
+    """How the page calls a metric."""
+    return next((m.title for m in METRICS if m.name == name), name.replace("_", " ").capitalize())
+
+
+def comparison_rows(metrics: Json) -> list[Row]:
+    """The comparison table: known metrics first, then whatever else was measured."""
+    roles = measured(metrics)
+    lines = {role: section(metrics.get(role)) for role in roles}
+    known = {m.name for m in METRICS}
+    extra = dict.fromkeys(k for line in lines.values() for k in line if k not in known | IN_TABLE_ELSEWHERE)
+    rows = []
+    for metric in (*METRICS, *(Metric(k, k.replace("_", " ").capitalize(), "") for k in extra)):
+        values = {role: as_number(lines[role].get(metric.name)) for role in roles}
+        if all(v is None for v in values.values()):
+            continue
+        best = _best({r: v for r, v in values.items() if r != "teacher"}, metric.better)
+        cells = tuple(Cell(said(values[r], metric.unit), r, r == best) for r in roles)
+        rows.append(Row(metric.title, metric.meaning, cells))
+    return rows
+
+
+def _best(values: Mapping[str, float | None], better: str) -> str | None:
+    """The student with the best value, where there are several."""
+    found = {role: v for role, v in values.items() if v is not None}
+    if not better or len(found) < 2:
+        return None
+    return (min if better == "low" else max)(found, key=found.__getitem__)
+
+
+def tiles(metrics: Json) -> list[tuple[str, str, str]]:
+    """(figure, what it is, more words) for the head of the page."""
+    comparison, student = section(metrics.get("comparison")), section(metrics.get("student"))
+    found = []
+    name = str(comparison.get("quality_metric", ""))
+    if (quality := as_number(comparison.get("student_quality"))) is not None:
+        teacher = as_number(comparison.get("teacher_quality"))
+        found.append((number(quality), name.replace("_", " "), f"teacher {number(teacher)}" if teacher else ""))
+    if (closed := as_number(comparison.get("gap_closed"))) is not None:
+        baseline = as_number(comparison.get("baseline_gap_closed"))
+        more = f"without a teacher {percent(baseline)}" if baseline is not None else ""
+        found.append((percent(closed), "of the gap closed", more))
+    if count := as_number(student.get("parameters")):
+        teacher = as_number(section(metrics.get("teacher")).get("parameters"))
+        found.append((number(count), "parameters", f"teacher {number(teacher)}" if teacher else ""))
+    if ratio := as_number(comparison.get("speed_ratio")):
+        speed = as_number(student.get("tokens_per_second"))
+        found.append((f"{number(ratio)}×", "the teacher's speed", f"{number(speed)} tokens/s" if speed else ""))
+    if (agreement := as_number(student.get("top1_agreement"))) is not None:
+        found.append((percent(agreement), "top-1 agreement", "with the teacher"))
+    return found
+
+
+def benchmarks(metrics: Json) -> Benchmarks | None:
+    """Multiple-choice scores, student beside teacher."""
+    roles = [r for r in measured(metrics) if section(section(metrics.get(r)).get("benchmarks"))]
+    results = {r: section(section(metrics.get(r)).get("benchmarks")) for r in roles}
+    names = list(dict.fromkeys(name for r in roles for name in results[r]))
+    if not names:
+        return None
+    figures, rows = [], []
+    for name in names:
+        scores = {r: section(results[r].get(name)) for r in roles}
+        bars = [
+            Bar(ROLE_NAMES[r], 100 * value, f"{100 * value:.1f}{NBSP}%", r, _percent(s.get("accuracy_norm_stderr")))
+            for r, s in scores.items()
+            if (value := as_number(s.get("accuracy_norm"))) is not None
+        ]
+        chance = next((_percent(s.get("chance")) for s in scores.values()), None)
+        questions = next((said(s.get("num_questions")) for s in scores.values()), "–")
+        note = f"{questions} questions; dashed: chance"
+        figures.append(Figure(name, note, dot_chart(bars, label=name, guide=chance)))
+        for key, title in (("accuracy", "accuracy"), ("accuracy_norm", "per character")):
+            best = _best({r: as_number(s.get(key)) for r, s in scores.items() if r != "teacher"}, "high")
+            cells = tuple(Cell(_with_error(s, key), r, r == best) for r, s in scores.items())
+            rows.append(Row(name, title, cells))
+    return Benchmarks(tuple(figures), tuple(roles), tuple(rows))
+
+
+def _percent(value: JsonValue) -> float | None:
+    found = as_number(value)
+    return None if found is None else 100 * found
+
+
+def _with_error(score: Json, key: str) -> str:
+    value, error = _percent(score.get(key)), _percent(score.get(f"{key}_stderr"))
+    if value is None:
+        return "–"
+    return f"{value:.1f}{NBSP}%" if error is None else f"{value:.1f} ± {error:.1f}{NBSP}%"
+
+
+def samples(content: Json) -> list[Sample]:
+    """The continuations of samples.json."""
+    found = []
+    rows = content.get("samples")
+    for row in map(section, rows if isinstance(rows, list) else []):
+        outputs = section(row.get("outputs"))
+        texts = tuple((ROLE_NAMES[r], r, str(outputs[r])) for r in ROLE_NAMES if r in outputs)
+        reference = row.get("reference")
+        found.append(Sample(str(row.get("prompt", "")), None if reference is None else str(reference), texts))
+    return found
+
+
+def signals(stats: Json) -> list[Signal]:
+    """Facts and histograms of each teacher's cache."""
+    return [_signal(name, section(found)) for name, found in section(stats.get("signals")).items()]
+
+
+def _signal(name: str, stats: Json) -> Signal:
+    per_target = as_number(stats.get("bytes_per_target"))
+    facts = [("Rows", said(stats.get("rows"))), ("Targets", said(stats.get("targets")))]
+    facts += [("Size", said(stats.get("bytes"), "bytes"))]
+    if per_target is not None:
+        facts.append(("Bytes per target", f"{per_target:.0f}"))
+        if vocab_size := as_number(stats.get("vocab_size")):
+            facts.append(("Against full bf16 logits", f"{number(LOGITS_BYTES * vocab_size / per_target)}× smaller"))
+    labels = {"top_k": "Ids per target", "estimator": "Estimator", "codec": "Codec", "vocab_size": "Vocabulary"}
+    facts += [
+        (label, said(stats[key]).replace("_", " ")) for key, label in labels.items() if stats.get(key) is not None
+    ]
+    figures = []
+    if mass := section(stats.get("mass_in_k")):
+        edges, shares = _numbers(mass.get("edges")), _numbers(mass.get("shares"))
+        names = [_upto(low, high) for low, high in pairwise(edges)]
+        mean = f"mean {percent(as_number(mass.get('mean')) or 0)}"
+        chart = histogram(edges, shares, label="Mass inside K", tone="c0", names=names)
+        figures.append(
+            Figure("Mass inside K", f"share of targets by the probability held by the kept ids, in %; {mean}", chart)
+        )
+    for key, title, note, tone in (
+        ("entropy", "Entropy", "of the teacher's distribution, in nats", "c1"),
+        ("confidence", "Confidence", "probability of the teacher's most probable token", "c2"),
+    ):
+        if found := section(stats.get(key)):
+            chart = histogram(
+                _numbers(found.get("edges")),
+                _numbers(found.get("shares")),
+                label=title,
+                tone=tone,
+                mean=as_number(found.get("mean")),
+            )
+            figures.append(Figure(title, note, chart))
+    return Signal(name, tuple(facts), tuple(figures))
+
+
+def _numbers(values: JsonValue) -> list[float]:
+    found = values if isinstance(values, list) else []
+    return [v for v in map(as_number, found) if v is not None]
+
+
+def _upto(low: float, high: float) -> str:
+    return f"≤{100 * high:g}" if low == 0 else f"–{100 * high:g}"
+
+
+def stages(found: Json) -> Stages | None:
+    """Seconds by stage, from the `seconds` and `gpu_seconds` of each."""
+    seconds = {name: as_number(section(facts).get("seconds")) for name, facts in found.items()}
+    gpu = {name: as_number(section(facts).get("gpu_seconds")) for name, facts in found.items()}
+    known = {name: value for name, value in seconds.items() if value is not None}
+    if not known:
+        return None
+    bars = [Bar(name, value, duration(value), "c0") for name, value in known.items()]
+    gpu_total = sum(v for v in gpu.values() if v)
+    return Stages(
+        bar_chart(bars, label="Time by stage"),
+        duration(sum(known.values())),
+        duration(gpu_total) if gpu_total else None,
+    )
+
+
+def resources(config: Json) -> list[tuple[str, str]]:
+    """What the run asked of the machine or cluster, in words."""
+    asked = section(config.get("resources"))
+    teacher, train = section(asked.get("teacher")), section(asked.get("train"))
+    facts = []
+    actors = teacher.get("actors")
+    if isinstance(actors, list) and len(actors) == 2:
+        count = str(actors[0]) if actors[0] == actors[1] else f"{actors[0]} to {actors[1]}"
+        facts.append(("Teacher actors", f"{count}, each {_machine(teacher)}"))
+    workers = train.get("workers")
+    if workers is not None:
+        count = f"{workers[0]} to {workers[1]}" if isinstance(workers, list) else str(workers)
+        where = "in the driver" if workers == 0 else f"{count}, each {_machine(train)}"
+        facts.append(("Training workers", where))
+    return facts
+
+
+def _machine(asked: Json) -> str:
+    cpus, gpus = as_number(asked.get("cpus")) or 0, as_number(asked.get("gpus")) or 0
+    parts = [f"{number(cpus)} CPU{'s' if cpus != 1 else ''}"]
+    if gpus:
+        parts.append(f"{number(gpus)} {asked.get('accelerator') or 'GPU'}")
+    return " and ".join(parts)
+
+
+def cache_facts(stats: Json) -> list[tuple[str, str]]:
+    """Rows and tokens of the inputs."""
+    inputs = section(stats.get("inputs"))
+    facts = []
+    for key in ("rows", "tokens"):
+        splits = section(inputs.get(key))
+        if splits:
+            parts = [f"{said(value)} {name.replace('_', '-')}" for name, value in splits.items()]
+            facts.append((key.capitalize(), ", ".join(parts)))
+    if (num_bytes := as_number(inputs.get("bytes"))) is not None:
+        facts.append(("Size", size(num_bytes)))
+    return facts
+
+
+def settings(config: Json) -> str:
+    """The whole configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config))) if config else ""
+
+
+def players(config: Json) -> tuple[Sequence[str], str]:
+    """Sources of the teachers and of the student."""
+    teachers = config.get("teachers")
+    names = [_source(section(t)) for t in teachers] if isinstance(teachers, list) else []
+    return names, _source(section(config.get("student")))
+
+
+def _source(part: Json) -> str:
+    """The last part of a model's address, without version and hash."""
+    source = str(section(part.get("model")).get("source", ""))
+    return source.split("#")[0].rstrip("/").split("/")[-1] or source

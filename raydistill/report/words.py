@@ -1,0 +1,131 @@
+"""How the report says numbers, and what it knows of each metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raydistill.report.charts import NBSP, number, percent
+from raydistill.signals import JsonValue
+
+ROLE_NAMES = {
+    "teacher": "Teacher",
+    "student_init": "Untrained student",
+    "student_ce": "Without a teacher",
+    "student": "Distilled student",
+}
+"""Who is measured, in the order of columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A line of the comparison table."""
+
+    name: str
+    title: str
+    meaning: str
+    unit: str = ""
+    better: str = ""
+    """`low`, `high` or empty: which value is marked as the best."""
+
+
+METRICS = (
+    Metric("perplexity", "Perplexity", "exponential of the mean cross-entropy on held-out text", better="low"),
+    Metric("bits_per_byte", "Bits per byte", "cross-entropy per byte of text, whatever the tokenizer", better="low"),
+    Metric("kl_to_teacher", "KL to the teacher", "divergence from the teacher's distribution, in nats", better="low"),
+    Metric("top1_agreement", "Agreement", "most probable next token is the teacher's", "share", "high"),
+    Metric("top1_accuracy", "Next-token accuracy", "most probable next token is the true one", "share", "high"),
+    Metric("ece", "Calibration error", "gap between confidence and accuracy, 15 bins (ECE)", "share", "low"),
+    Metric("entropy", "Entropy", "mean entropy of the predictions, in nats"),
+    Metric("parameters", "Parameters", "numbers that the model holds"),
+    Metric("bytes", "Size", "bytes of the weights in the number format used", "bytes"),
+    Metric("tokens_per_second", "Tokens per second", "forward pass and output head, same rows and machine"),
+)
+IN_TABLE_ELSEWHERE = {"loss", "benchmarks", "lm_eval", "capture_tokens_per_second"}
+"""Entries of a model's line that the table leaves to other places."""
+
+
+def as_number(value: JsonValue) -> float | None:
+    """`value` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def said(value: JsonValue, unit: str = "") -> str:
+    """A value as text: shares in per cent, bytes with their unit, an en dash for what was not measured."""
+    found = as_number(value)
+    if found is None:
+        return "–" if value is None or isinstance(value, float) else str(value)
+    if unit == "share":
+        return f"{100 * found:.1f}{NBSP}%"
+    if unit == "bytes":
+        return size(found)
+    return number(found)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.3g}{NBSP}{unit}"
+    return f"{num_bytes:.0f}{NBSP}B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 10:
+        return f"{seconds:.1f}{NBSP}s"
+    if seconds < 100:
+        return f"{seconds:.0f}{NBSP}s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes}{NBSP}min"
+    return f"{minutes // 60}{NBSP}h {minutes % 60:02}{NBSP}min"
+
+
+def times(ratio: float, *, more: str, less: str) -> str:
+    """`3.4 times fewer` for 0.29, `1.2 times more` for 1.2."""
+    return f"{number(ratio)} times {more}" if ratio > 1 else f"{number(1 / ratio)} times {less}"
+
+
+def lede(metrics: Mapping[str, JsonValue]) -> list[str]:
+    """A few sentences that say how it went, from metrics.json; empty when it holds no comparison."""
+    comparison = metrics.get("comparison")
+    if not isinstance(comparison, Mapping):
+        return []
+    sentences = []
+    parameters, speed = (as_number(comparison.get(f"{k}_ratio")) for k in ("parameters", "speed"))
+    held = _line(metrics, "student")
+    if parameters and (count := as_number(held.get("parameters"))):
+        ratio = times(parameters, more="more", less="fewer")
+        sentence = f"The student has {number(count)} parameters, {ratio} than its teacher"
+        if speed:
+            sentence += f", and runs {number(speed)} times as fast"
+        sentences.append(sentence + ".")
+    name = str(comparison.get("quality_metric", "quality")).replace("_", " ")
+    quality = {role: as_number(comparison.get(f"{role}_quality")) for role in ROLE_NAMES}
+    if quality["student"] is not None:
+        others = {
+            "teacher": "{} for the teacher",
+            "student_ce": "{} for the same student trained without one",
+            "student_init": "{} before training",
+        }
+        known = [text.format(number(v)) for role, text in others.items() if (v := quality[role]) is not None]
+        sentence = f"Its held-out {name} is {number(quality['student'])}"
+        sentences.append(sentence + (f", against {_joined(known)}" if known else "") + ".")
+    if (closed := as_number(comparison.get("gap_closed"))) is not None:
+        sentences.append(f"Distillation closed {percent(closed)} of the gap to the teacher")
+        baseline = as_number(comparison.get("baseline_gap_closed"))
+        sentences[-1] += "." if baseline is None else f", plain training {percent(baseline)}."
+    return sentences
+
+
+def _line(metrics: Mapping[str, JsonValue], role: str) -> Mapping[str, JsonValue]:
+    line = metrics.get(role)
+    return line if isinstance(line, Mapping) else {}
+
+
+def _joined(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
