@@ -26,8 +26,6 @@ from raydistill.models.language import (
 )
 from raydistill.signals import Batch, Field, JsonValue, Schema
 
-MAX_SAMPLES = 255
-"""Counts of drawn ids are stored in one byte."""
 _BLOCK_BYTES = 1 << 23
 """Rows of logits that are summarised together on a CPU: few enough to stay in its cache over a dozen passes."""
 _GROUP = 32
@@ -115,17 +113,6 @@ def _check(config: TeacherSection, vocab_size: int) -> None:
         raise ConfigError(
             f"teacher {config.name}: top_k {config.top_k} wants more ids than the vocabulary has ({vocab_size}); "
             f"set top_k to at most {vocab_size}"
-        )
-    if isinstance(config.estimator, HeadTailSample):
-        if config.estimator.samples > MAX_SAMPLES:
-            raise ConfigError(
-                f"teacher {config.name}: estimator.samples {config.estimator.samples} is more than a stored count can "
-                f"hold; set it to at most {MAX_SAMPLES}"
-            )
-    elif config.top_k == 0:
-        raise ConfigError(
-            f"teacher {config.name}: top_k 0 keeps nothing of a top_k signal; set top_k to 1 or more, or use "
-            "estimator.kind: head_tail_sample"
         )
 
 
