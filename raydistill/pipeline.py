@@ -1,0 +1,355 @@
+"""The stages of a run, in order; each one is skipped when its result is there.
+
+inputs → signals → verify → init → train → evaluate → checklist → export → report. Whatever a stage makes lies in the run
+folder or in the caches, and the next stage reads it from there, so a run can stop anywhere and go on later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from raydistill.cache.build import build_inputs, build_signal, inputs_content, signal_content
+from raydistill.cache.manifest import Manifest, fingerprint_of
+from raydistill.cache.read import open_manifest
+from raydistill.cache.verify import require_sound, verify
+from raydistill.cluster import connect, on_train_hardware, session
+from raydistill.config.load import load_config
+from raydistill.config.paths import resolve_paths
+from raydistill.config.schema import STAGES, RunConfig
+from raydistill.config.training import PhaseConfig
+from raydistill.errors import ConfigError
+from raydistill.evaluate.comparison import ROLES
+from raydistill.evaluate.stage import EvaluateJob, check_evaluation, evaluate_run
+from raydistill.export import export_run
+from raydistill.models.student import build_student, save_student
+from raydistill.report import write_report
+from raydistill.storage import Store
+from raydistill.train.launch import PhaseJob, train_phase
+
+SUMMARY_METRICS = (
+    "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "ece", "tokens_per_second", "parameters", "bytes",
+)  # fmt: skip
+"""Lines of the table that a run ends with."""
+
+FREE = ("resources", "tracking", "plan", "evaluate", "cache", "run_dir")
+"""Sections that say where and how the work is done, or how it is looked at, but not what comes out of training."""
+
+
+class Run:
+    """One run: its configuration, its folder and its caches."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.store = Store(config.run_dir)
+        self.caches = Store(config.cache.dir)
+        self.stages: dict[str, dict[str, JsonValue]] = (
+            json.loads(self.store.read_text("stages.json")) if self.store.exists("stages.json") else {}
+        )
+
+    def claim(self) -> None:
+        """Write config.json, or refuse a folder whose student was trained by another configuration."""
+        new = self.config.model_dump(mode="json")
+        if self.store.exists("config.json") and self.store.exists("init"):
+            old = json.loads(self.store.read_text("config.json"))["config"]
+            changed = _differences(_defining(old), _defining(new))
+            if changed:
+                raise ConfigError(
+                    f"{self.store.uri} holds a run that was made with another configuration. These keys differ:\n"
+                    + "\n".join(f"  {key}: it has {was}, this configuration {now}" for key, was, now in changed[:8])
+                    + "\nSet another name or run_dir, or remove that folder."
+                )
+        self.store.publish("config.json", json.dumps({"config": new, "versions": versions()}, indent=1))
+
+    def record(self, stage: str, **facts: JsonValue) -> None:
+        """Remember facts of a stage in stages.json."""
+        self.stages[stage] = {**self.stages.get(stage, {}), **facts}
+        self.store.publish("stages.json", json.dumps(self.stages, indent=1))
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Add to the time that `stage` took over all the commands of this run."""
+        before = self.stages.get(stage, {}).get("seconds", 0.0)
+        assert isinstance(before, float | int)
+        self.record(stage, seconds=round(before + seconds, 2))
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether `stage` was finished on just this basis."""
+        return self.stages.get(stage, {}).get("key") == key
+
+    @cached_property
+    def inputs(self) -> tuple[Store, Manifest]:
+        """The finished cache of inputs; `ConfigError` when the stage `inputs` has not been run."""
+        return self._finished("inputs", inputs_content(self.config), stage="inputs")
+
+    @cached_property
+    def signals(self) -> dict[str, tuple[Store, Manifest]]:
+        """The finished signal caches by teacher; `ConfigError` when the stage `signals` has not been run."""
+        return {
+            teacher.name: self._finished(
+                teacher.name, signal_content(self.config, teacher, self.inputs[1]), stage="signals"
+            )
+            for teacher in self.config.teachers
+        }
+
+    def _finished(self, name: str, content: Mapping[str, JsonValue], *, stage: str) -> tuple[Store, Manifest]:
+        store = self.caches / f"{name}-{fingerprint_of(content)}"
+        if not store.exists("manifest.json"):
+            raise ConfigError(
+                f"the cache {store.uri} is not there or not finished; run the stage `{stage}` first (--stages {stage})"
+            )
+        manifest = open_manifest(store)
+        manifest.require(fingerprint=fingerprint_of(content), content=content, where=store.uri)
+        return store, manifest
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the same student is also trained without a teacher."""
+        return self.config.evaluate.baseline and any(p.recipe.uses_teacher for p in self.config.phases)
+
+    def phases(self, group: str) -> list[tuple[PhaseConfig, str]]:
+        """The phases and their folders: of the student (`phases`) or of its like without a teacher (`baseline`)."""
+        phases = self.config.phases
+        if group == "baseline":
+            phases = tuple(p.model_copy(update={"recipe": p.recipe.without_teacher()}) for p in phases)
+        return [(phase, f"{group}/{phase.name}") for phase in phases]
+
+    def handed_over(self, group: str, index: int = -1, *, kind: str = "weights") -> str:
+        """URI of the weights that phase `index` hands to the next phase, to evaluation and to export."""
+        phase, folder = self.phases(group)[index]
+        if not self.store.exists(f"{folder}/final/phase.json"):
+            raise ConfigError(f"phase {phase.name!r} is not trained yet ({self.store.uri}/{folder}); run --stages train")
+        if kind == "ema":
+            return f"{self.store.uri}/{folder}/final/ema"
+        return f"{self.store.uri}/{folder}/{'best' if phase.checkpoint.best_metric else 'final'}"
+
+
+def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
+    """Run `stages` (default: all), in order. Each stage that is done already is skipped.
+
+    A model whose source is `run://other.yaml` is the export of that run, which is run first when it is missing.
+    """
+    with session():
+        this = Run(_with_exports(config))
+        this.claim()
+        check_evaluation(this.config)
+        for stage in STAGES:
+            if stages is None or stage in stages:
+                start = time.monotonic()
+                _STAGES[stage](this, stages is not None)
+                this.spent(stage, time.monotonic() - start)
+        if stages is None or "report" in stages:
+            print(summary(this), flush=True)
+        return this
+
+
+def _inputs(run: Run, asked: bool) -> None:
+    content = inputs_content(run.config)
+    if not _is_complete(run.caches / f"inputs-{fingerprint_of(content)}"):
+        connect(run.config)
+        build_inputs(run.config, run.caches)
+
+
+def _signals(run: Run, asked: bool) -> None:
+    inputs, manifest = run.inputs
+    for teacher in run.config.teachers:
+        content = signal_content(run.config, teacher, manifest)
+        if not _is_complete(run.caches / f"{teacher.name}-{fingerprint_of(content)}"):
+            connect(run.config)
+            build_signal(run.config, teacher, inputs, manifest, run.caches)
+
+
+def _is_complete(store: Store) -> bool:
+    return store.exists("manifest.json") and not store.exists("damaged.json")
+
+
+def _verify(run: Run, asked: bool) -> None:
+    inputs, manifest = run.inputs
+    key = _key(manifest.model_dump(mode="json"), *(m.model_dump(mode="json") for _, m in run.signals.values()))
+    if run.is_done("verify", key) and not asked:
+        return
+    require_sound(verify(run.config, inputs, manifest, run.signals))
+    run.record("verify", key=key)
+
+
+def _init(run: Run, asked: bool) -> None:
+    if run.store.exists("init/student.json"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(build_student(run.config.student, seed=run.config.seed), Path(folder))
+        # student.json is what says that the folder is whole.
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "student.json"):
+            run.store.publish(f"init/{path.name}", partial(shutil.copyfile, path))
+
+
+def _train(run: Run, asked: bool) -> None:
+    for group in ("phases", "baseline") if run.has_baseline else ("phases",):
+        for index, (phase, folder) in enumerate(run.phases(group)):
+            weights = run.handed_over(group, index - 1, kind=phase.start_from) if index else None
+            result = train_phase(_phase_job(run, phase, folder, weights))
+            print(f"{folder}: {result.steps:,} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s", flush=True)
+
+
+def _phase_job(run: Run, phase: PhaseConfig, folder: str, weights: str | None) -> PhaseJob:
+    if not run.store.exists("init/student.json"):
+        raise ConfigError(f"the student is not built yet ({run.store.uri}/init); run the stage `init` first")
+    return PhaseJob(
+        config=run.config,
+        phase=phase,
+        run=run.store.uri,
+        folder=folder,
+        inputs=run.inputs[0].uri,
+        signals={name: store.uri for name, (store, _) in run.signals.items()},
+        student=f"{run.store.uri}/init",
+        weights=weights,
+    )
+
+
+def _evaluate(run: Run, asked: bool) -> None:
+    weights = {"student": run.handed_over("phases")}
+    if run.has_baseline:
+        weights["student_ce"] = run.handed_over("baseline")
+    if run.config.phases[-1].ema:
+        weights["student_ema"] = run.handed_over("phases", kind="ema")
+    key = _key(
+        run.config.evaluate.model_dump(mode="json"),
+        *(run.store.sha256(f"{folder}/final/phase.json") for _, folder in run.phases("phases")),
+    )
+    if run.is_done("evaluate", key) and run.store.exists("metrics.json") and not asked:
+        return
+    job = EvaluateJob(
+        config=run.config,
+        inputs=run.inputs[0].uri,
+        signals={name: store.uri for name, (store, _) in run.signals.items()},
+        student=f"{run.store.uri}/init",
+        weights=weights,
+    )
+    found = on_train_hardware(run.config, evaluate_run, job)
+    run.store.publish("samples.json", json.dumps(found.samples, indent=1))
+    run.store.publish("cache_stats.json", json.dumps(found.cache_stats, indent=1))
+    run.store.publish("metrics.json", json.dumps(found.metrics, indent=1))
+    run.record("evaluate", key=key)
+
+
+def _with_exports(config: RunConfig) -> RunConfig:
+    """`config` with the folder of the export in place of each `run://other.yaml`; runs the other run if need be."""
+    exports: dict[str, str] = {}
+
+    def folder(source: str) -> str:
+        if source.startswith("run://") and source not in exports:
+            other = resolve_paths(load_config([source.removeprefix("run://")], []))
+            if not Store(other.run_dir).exists("export"):
+                print(f"{config.name}: {source} is not there yet; running it first", flush=True)
+                run(other)
+            exports[source] = f"{other.run_dir}/export"
+        return exports.get(source, source)
+
+    def replaced(value: JsonValue) -> JsonValue:
+        if isinstance(value, dict):
+            return {k: folder(v) if k in ("source", "tokenizer") and isinstance(v, str) else replaced(v) for k, v in value.items()}
+        return [replaced(v) for v in value] if isinstance(value, list) else value
+
+    dumped = config.model_dump(mode="json")
+    changed = replaced(dumped)
+    return RunConfig.model_validate(changed) if exports else config
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the numbers."""
+    packages = ("raydistill", "ray", "torch", "deepspeed", "transformers", "pyarrow", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _defining(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """What of a dumped configuration decides the trained weights, by dotted key."""
+    flat = dict(_flat("", {k: v for k, v in config.items() if k not in FREE}))
+    held_out = config["evaluate"]
+    assert isinstance(held_out, dict)
+    return {**flat, "evaluate.held_out": held_out["held_out"]}
+
+
+def _flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if not children:
+        yield key, value
+        return
+    for name, child in children:
+        yield from _flat(f"{key}.{name}" if key else str(name), child)
+
+
+def _differences(
+    old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]
+) -> list[tuple[str, JsonValue, JsonValue]]:
+    keys = sorted({*old, *new})
+    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
+
+
+def summary(run: Run) -> str:
+    """What came out, as a table for the terminal."""
+    if not run.store.exists("metrics.json"):
+        return f"report: {run.store.uri}/report.html"
+    metrics = json.loads(run.store.read_text("metrics.json"))
+    roles = [role for role in (*ROLES, "student_ema") if role in metrics]
+    rows = [(name, [metrics[role].get(name) for role in roles]) for name in SUMMARY_METRICS]
+    lines = [f"{'':24}" + "".join(f"{role:>16}" for role in roles)]
+    for name, values in rows:
+        if any(value is not None for value in values):
+            lines.append(f"{name:24}" + "".join(f"{_short(value):>16}" for value in values))
+    return "\n".join(["", *lines, "", f"report: {run.store.uri}/report.html", f"model:  {run.store.uri}/export"])
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _key(*parts: JsonValue) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _checklist(run: Run, asked: bool) -> None:
+    if asked:
+        print("checklist: language models have no checklist; the comparison in metrics.json is their result", flush=True)
+
+
+def _export(run: Run, asked: bool) -> None:
+    weights = run.handed_over("phases")
+    if not run.store.exists("metrics.json"):
+        raise ConfigError(f"{run.store.uri}/metrics.json is not there; run the stage `evaluate` first")
+    key = _key(run.stages.get("evaluate", {}).get("key"), weights)
+    if run.is_done("export", key) and run.store.exists("export") and not asked:
+        return
+    export_run(run.config, run.store, weights=weights)
+    run.record("export", key=key)
+
+
+def _report(run: Run, asked: bool) -> None:
+    if run.store.exists("metrics.json"):
+        metrics = json.loads(run.store.read_text("metrics.json"))
+        times = {stage: run.stages[stage] for stage in STAGES if "seconds" in run.stages.get(stage, {})}
+        run.store.publish("metrics.json", json.dumps({**metrics, "stages": times}, indent=1))
+    write_report(run.store)
+
+
+_STAGES: dict[str, Callable[[Run, bool], None]] = {
+    "inputs": _inputs,
+    "signals": _signals,
+    "verify": _verify,
+    "init": _init,
+    "train": _train,
+    "evaluate": _evaluate,
+    "checklist": _checklist,
+    "export": _export,
+    "report": _report,
+}
+"""Each is called with whether the user named it with `--stages`; then work that can be repeated is done again."""
