@@ -154,7 +154,11 @@ def _single(annotation: Annotation) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         values = [str(a).lower() if isinstance(a, bool) else str(a) for a in arguments]
-        return repr(values[0]) if len(values) == 1 else f"one of {', '.join(values)}"
+        return (
+            (values[0] if isinstance(arguments[0], bool) else repr(values[0]))
+            if len(values) == 1
+            else f"one of {', '.join(values)}"
+        )
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         return f"a list of {_plural(arguments[0])}"
     if origin is tuple:
