@@ -99,6 +99,11 @@ class Store:
         if self.exists(name):
             self.filesystem.delete_file(self.path(name))
 
+    def delete_folder(self, name: str) -> None:
+        """Remove folder `name` and everything in it if it is there."""
+        if self.exists(name):
+            self.filesystem.delete_dir(self.path(name))
+
     def sha256(self, name: str) -> str:
         """Hash of file `name`, in hexadecimal."""
         digest = hashlib.sha256()

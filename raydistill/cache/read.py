@@ -19,6 +19,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from raydistill.cache.batches import InputRow, collate
+from raydistill.cache.ledger import DAMAGED, MANIFEST
 from raydistill.cache.local import LocalShards
 from raydistill.cache.manifest import MANIFEST_VERSION, Manifest, ShardRecord
 from raydistill.cache.shards import decode_planes, read_counts, read_table
@@ -32,10 +33,10 @@ NUM_READERS = 16
 
 def open_manifest(store: Store) -> Manifest:
     """The manifest of a finished cache; `CacheMismatch` when there is none, or one that this version cannot read."""
-    if not store.exists("manifest.json"):
-        state = "is not finished: it has no manifest.json" if store.exists() else "does not exist"
+    if not store.exists(MANIFEST):
+        state = f"is not finished: it has no {MANIFEST}" if store.exists() else "does not exist"
         raise CacheMismatch(f"the cache {store.uri} {state}. Run --stages inputs,signals, which completes it.")
-    text = store.read_text("manifest.json")
+    text = store.read_text(MANIFEST)
     manifest = Manifest.model_validate_json(text)
     if manifest.version != MANIFEST_VERSION:
         raise CacheMismatch(
@@ -278,9 +279,9 @@ def _sound_manifest(store: Store, kind: str) -> Manifest:
     manifest = open_manifest(store)
     if manifest.kind != kind:
         raise CacheMismatch(f"{store.uri} should be a cache of kind {kind!r}, found {manifest.kind!r}")
-    if store.exists("damaged.json"):
+    if store.exists(DAMAGED):
         raise VerificationFailed(
-            f"{store.uri}/damaged.json lists damaged shards. Run --stages inputs,signals, which builds them again."
+            f"{store.uri}/{DAMAGED} lists damaged shards. Run --stages inputs,signals, which builds them again."
         )
     return manifest
 

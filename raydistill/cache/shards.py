@@ -24,6 +24,7 @@ from raydistill.cache.codecs import RAW_PLANES, Codec, Fields, Plane, codec_for
 from raydistill.cache.manifest import FieldRecord, ShardRecord
 from raydistill.errors import DataError
 from raydistill.signals import Field, Schema
+from raydistill.sources.text import TextRow
 from raydistill.storage import Store
 
 INPUTS_FORMAT = 1
@@ -80,7 +81,7 @@ def shard_name(index: int) -> str:
 
 # --- inputs -----------------------------------------------------------------------------------------------------
 
-_INPUT_COLUMNS = pa.schema(
+INPUT_COLUMNS = pa.schema(
     [
         ("row_id", pa.string()),
         ("num_tokens", pa.int32()),
@@ -99,16 +100,17 @@ def write_inputs(store: Store, name: str, rows: Sequence[InputRow], *, split: st
 
     def write(path: Path) -> None:
         meta = {"kind": "inputs", "format": INPUTS_FORMAT, "split": split}
-        schema = _INPUT_COLUMNS.with_metadata({b"raydistill": json.dumps(meta, sort_keys=True).encode()})
+        schema = INPUT_COLUMNS.with_metadata({b"raydistill": json.dumps(meta, sort_keys=True).encode()})
         with _writer(path, schema) as writer:
             for start, stop in _groups(np.array([len(row.input_ids) for row in rows])):
-                writer.write_table(pa.table(_input_columns(rows[start:stop]), schema=schema))
+                writer.write_table(pa.table(input_columns(rows[start:stop]), schema=schema))
 
     store.publish(name, write)
     return _record(store, name, split, len(rows), sum(len(row.input_ids) for row in rows))
 
 
-def _input_columns(rows: Sequence[InputRow]) -> list[pa.Array]:
+def input_columns(rows: Sequence[InputRow] | Sequence[TextRow]) -> list[pa.Array]:
+    """The columns of `INPUT_COLUMNS`, in their order."""
     return [
         pa.array([row.row_id for row in rows], pa.string()),
         pa.array([len(row.input_ids) for row in rows], pa.int32()),
@@ -123,8 +125,12 @@ def _input_columns(rows: Sequence[InputRow]) -> list[pa.Array]:
 
 def read_inputs(store: Store, name: str, *, groups: Sequence[int] | None = None) -> list[InputRow]:
     """The rows of an inputs shard, or of some of its row groups; `DataError` when the file is damaged."""
-    table = read_table(store, name, groups=groups)
-    columns = {column: table[column].to_pylist() for column in table.column_names}
+    return rows_of(read_table(store, name, groups=groups))
+
+
+def rows_of(table: pa.Table) -> list[InputRow]:
+    """The rows of a table with the columns of an inputs shard."""
+    columns = {column: table[column].to_pylist() for column in INPUT_COLUMNS.names}
     rows = []
     for i, row_id in enumerate(columns["row_id"]):
         num_tokens = columns["num_tokens"][i]
@@ -156,7 +162,7 @@ class RowIndex:
 
 def read_index(store: Store, name: str) -> RowIndex:
     """Read the small columns of a shard."""
-    with _opened(store, name) as file:
+    with open_shard(store, name) as file:
         names = [n for n in ("row_id", "tokens_sha", "num_targets", "num_tokens") if n in file.schema_arrow.names]
         table = file.read(columns=names)
         groups = tuple(file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups))
@@ -171,7 +177,7 @@ def read_index(store: Store, name: str) -> RowIndex:
 
 def read_counts(store: Store, name: str) -> dict[str, Int32[np.ndarray, " rows"]]:
     """`num_tokens`, `num_targets` and `text_bytes` of the rows of an inputs shard."""
-    with _opened(store, name) as file:
+    with open_shard(store, name) as file:
         table = file.read(columns=["num_tokens", "num_targets", "text_bytes"])
         return {column: _numbers(table[column]) for column in table.column_names}
 
@@ -335,7 +341,7 @@ def _groups(counts: np.ndarray) -> Iterator[tuple[int, int]]:
         yield start, len(counts)
 
 
-class _opened:
+class open_shard:
     """Open a shard; whatever Parquet finds wrong inside the block becomes a `DataError` that names the file."""
 
     def __init__(self, store: Store, name: str):
@@ -371,7 +377,7 @@ def read_table(
 
     The columns that identify rows are always there. `DataError` when the file is damaged.
     """
-    with _opened(store, name) as file:
+    with open_shard(store, name) as file:
         columns = None
         if fields is not None:
             wanted = {*fields, *(("log_tail",) if "logp" in fields else ())}

@@ -1,0 +1,121 @@
+"""Which shards of a cache are done, which are to be built, and the files that say so.
+
+While a cache grows: `content.json` (what it is to become), the shards, `records/<shard>.json` right after each shard,
+and for a signal `teacher.json` (the teacher's fields and facts). A shard is done when its record and its file are there
+and `damaged.json` does not list it. `manifest.json` comes last and holds nothing of times, hosts or actors; those go
+to `build.json`. So resuming and repairing are one set difference, after a kill at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from raydistill.cache.manifest import FieldRecord, Manifest, ShardRecord, fingerprint_of
+from raydistill.cache.shards import RECORDS, read_records
+from raydistill.errors import CacheMismatch
+from raydistill.signals import JsonValue
+from raydistill.storage import Store
+
+MANIFEST = "manifest.json"
+DAMAGED = "damaged.json"
+CONTENT = "content.json"
+TEACHER = "teacher.json"
+BUILD = "build.json"
+
+
+class Ledger:
+    """The state of one cache folder."""
+
+    def __init__(self, store: Store, content: Mapping[str, JsonValue]):
+        self.store = store
+        self.content = dict(content)
+        self.fingerprint = fingerprint_of(content)
+        self._started = time.time()
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest, if the cache was ever finished; `CacheMismatch` when it is that of another configuration."""
+        if not self.store.exists(MANIFEST):
+            return None
+        manifest = Manifest.model_validate_json(self.store.read(MANIFEST))
+        manifest.require(fingerprint=self.fingerprint, content=self.content, where=self.store.uri)
+        return manifest
+
+    @property
+    def finished(self) -> Manifest | None:
+        """The manifest when nothing is left to do."""
+        manifest = self.manifest
+        return None if manifest is None or self.store.exists(DAMAGED) else manifest
+
+    def begin(self) -> None:
+        """Write down what this folder is to hold; `CacheMismatch` when something else is being built in it."""
+        if self.store.exists(CONTENT):
+            found = json.loads(self.store.read(CONTENT))
+            if fingerprint_of(found) != self.fingerprint:
+                keys = sorted(k for k in {*found, *self.content} if found.get(k) != self.content.get(k))
+                raise CacheMismatch(
+                    f"{self.store.uri} holds the unfinished cache of another configuration; these keys differ: "
+                    f"{', '.join(keys)}. Point cache.dir at another folder, or move this one away."
+                )
+        elif self.manifest is None:
+            self.store.publish(CONTENT, json.dumps(self.content, indent=1, sort_keys=True))
+
+    def damaged(self) -> dict[str, str]:
+        """What `verify` found wrong, by shard name."""
+        return read_damaged(self.store)
+
+    def pending(self, names: Sequence[str]) -> list[str]:
+        """The shards of `names` that are absent or damaged, in the same order."""
+        done = set(read_records(self.store)) & set(self.store.names()) - set(self.damaged())
+        return [name for name in names if name not in done]
+
+    def finish(
+        self,
+        names: Sequence[str],
+        *,
+        kind: str,
+        parent: str | None,
+        fields: Mapping[str, FieldRecord],
+        facts: Mapping[str, JsonValue],
+        build: Mapping[str, JsonValue],
+    ) -> Manifest:
+        """Publish the manifest, note in build.json how it came about, and remove the list of damages."""
+        records = read_records(self.store)
+        manifest = Manifest.model_validate(
+            {"kind": kind, "content": self.content, "fingerprint": self.fingerprint, "parent": parent}
+            | {"fields": dict(fields), "facts": dict(facts), "shards": [records[name] for name in names]}
+        )
+        builds = json.loads(self.store.read(BUILD)) if self.store.exists(BUILD) else []
+        builds.append(
+            {"started": round(self._started, 3), "seconds": round(time.time() - self._started, 3)}
+            | {"host": platform.node(), **build}
+        )
+        self.store.publish(BUILD, json.dumps(builds, indent=1))
+        self.store.publish(MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        for name in (DAMAGED, CONTENT, TEACHER):
+            self.store.delete(name)
+        for name in set(records) - set(names):
+            (self.store / RECORDS).delete(f"{name}.json")
+        return manifest
+
+
+def read_damaged(store: Store) -> dict[str, str]:
+    """The content of `damaged.json`: what is wrong, by shard name."""
+    return json.loads(store.read(DAMAGED))["shards"] if store.exists(DAMAGED) else {}
+
+
+def write_damaged(store: Store, shards: Mapping[str, str]) -> None:
+    """Write `damaged.json` anew, or remove it when nothing is damaged."""
+    if shards:
+        store.publish(DAMAGED, json.dumps({"shards": dict(sorted(shards.items()))}, indent=1))
+    else:
+        store.delete(DAMAGED)
+
+
+def changed_hashes(old: Manifest | None, records: Mapping[str, ShardRecord], rebuilt: Iterable[str]) -> list[str]:
+    """The rebuilt shards whose hash is not the one that the manifest had."""
+    before = {} if old is None else {record.name: record.sha256 for record in old.shards}
+    return [name for name in rebuilt if before.get(name, records[name].sha256) != records[name].sha256]
