@@ -13,17 +13,20 @@ QUIET_SECONDS = 20.0
 
 
 class Progress:
-    """Counts towards `total` units of work; use as a context manager and call `advance`."""
+    """Counts towards `total` units of work; use as a context manager and call `advance`.
 
-    def __init__(self, label: str, *, total: float | None, unit: str, done: float = 0):
-        self.label, self.total, self.unit = label, total, unit
+    `silent` shows nothing: for workers of which another one shows the progress.
+    """
+
+    def __init__(self, label: str, *, total: float | None, unit: str, done: float = 0, silent: bool = False):
+        self.label, self.total, self.unit, self.silent = label, total, unit, silent
         self.done, self._first = done, done
         self._bar: tqdm[None] | None = None
         self._start = self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
         self._start = self._printed = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.silent:
             self._bar = tqdm(
                 desc=self.label, total=self.total, initial=self.done, unit=f" {self.unit}", unit_scale=True,
                 dynamic_ncols=True, leave=True,
@@ -36,7 +39,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
-        elif time.monotonic() - self._printed >= QUIET_SECONDS:
+        elif not self.silent and time.monotonic() - self._printed >= QUIET_SECONDS:
             self._printed = time.monotonic()
             print(self._line(note), flush=True)
 
@@ -57,7 +60,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and self.done > self._first:
+        elif kind is None and self.done > self._first and not self.silent:
             seconds = time.monotonic() - self._start
             rate = (self.done - self._first) / max(seconds, 1e-9)
             print(f"{self.label}: {self.done:,.0f} {self.unit} in {seconds:,.1f} s ({rate:,.1f}/s)", flush=True)

@@ -1,0 +1,242 @@
+"""Runs a phase: on Ray Train's workers, or in the driver without Ray for `workers: 0`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from raydistill.config.schema import TrainResources
+from raydistill.errors import ConfigError, RaydistillError
+from raydistill.train.checkpoint import Progressed
+from raydistill.train.evaluation import (
+    Report,
+    evaluate_candidate,
+    log_evaluations,
+    runs_beside,
+    settle_candidate,
+    waiting_candidates,
+)
+from raydistill.train.final import publish_final, write_weights
+from raydistill.train.job import FINAL, PhaseJob, PhaseResult, finished
+from raydistill.train.loop import train
+from raydistill.train.metrics import Metrics, require_trackers
+from raydistill.train.prepare import prepare
+
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+
+__all__ = ["PhaseJob", "PhaseResult", "train_phase"]
+POLL_SECONDS = 1.0
+SILENT_WORKER_SECONDS = 1800
+
+
+def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Sequence[UserCallback] = ()) -> PhaseResult:
+    """Train one phase, from wherever an earlier attempt stopped; returns at once when it is done.
+
+    Leaves `final/model.safetensors` (fp32; with averages also `final/ema.safetensors`) and, last, `final/phase.json` in
+    the phase's folder. With workers, Ray must be running; `callbacks` go to Ray Train. Without, `report` gets the
+    numbers of each logged step and evaluation.
+
+    Raises what workers raise, as long as it is a `RaydistillError`; `ConfigError` when the cluster is too small.
+    """
+    job = job.absolute()
+    require_trackers(job.config.tracking)
+    done = finished(job)
+    if done is not None:
+        return done
+    resources = job.config.resources.train
+    if resources.workers == 0:
+        progressed = run_worker(job, report or _nobody)
+    else:
+        require_room(resources)
+        progressed = _with_workers(job, callbacks)
+    publish_final(job, progressed)
+    result = finished(job)
+    assert result is not None, "the record was just written"
+    return result
+
+
+def run_worker(job: PhaseJob, report: Report) -> Progressed:
+    """What one rank does, from building the student to writing the last weights."""
+    resources = job.config.resources.train
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(resources.cpus)))
+    device = torch.device("cuda", _local_gpu()) if resources.gpus > 0 else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    prepared = prepare(job, device)
+    progressed = train(prepared, report)
+    write_weights(prepared, job.store / FINAL)
+    for engine in prepared.engines.values():
+        engine.close()
+    torch.set_num_threads(threads)
+    return progressed
+
+
+def require_room(resources: TrainResources) -> None:
+    """`ConfigError` when the cluster cannot hold the fewest workers, now or after growing."""
+    import ray
+
+    workers = _fewest(resources)
+    wanted = {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
+    if resources.accelerator is not None:
+        wanted[f"accelerator_type:{resources.accelerator}"] = 0.001
+    found = ray.cluster_resources()
+    # What the cluster can grow to; None where nothing grows it. There is no public function for it.
+    grown: Mapping[str, float] = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    lacking = [k for k, amount in wanted.items() if amount > max(found.get(k, 0), grown.get(k, 0))]
+    if not lacking:
+        return
+    kinds = sorted(k.removeprefix("accelerator_type:") for k in found if k.startswith("accelerator_type:"))
+    raise ConfigError(
+        f"resources.train: wanted {workers} worker{'s' * (workers > 1)} with {resources.cpus:g} CPU and {resources.gpus:g} "
+        f"GPU each{f' of type {resources.accelerator}' if resources.accelerator else ''}, found a cluster of "
+        f"{found.get('CPU', 0):g} CPU and {found.get('GPU', 0):g} GPU ({', '.join(kinds) or 'no accelerators'}). "
+        "Ask for less (resources.train.workers: 0 trains in the driver) or use a larger cluster."
+    )
+
+
+def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progressed:
+    """Train on Ray workers. When one is lost, all are replaced and go on from the last checkpoint.
+
+    Ray Train would also retry an error that the user has to mend, so failures are counted here and not by Ray Train.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = job.config.resources.train
+    workers = resources.workers
+    failures = 0
+    with _Beside(job) as beside:
+        while True:
+            trainer = TorchTrainer(
+                _ray_worker,
+                train_loop_config={"job": job},
+                torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo", timeout_s=SILENT_WORKER_SECONDS),
+                scaling_config=ScalingConfig(
+                    num_workers=workers if isinstance(workers, int) else (workers[0], workers[1]),
+                    use_gpu=resources.gpus > 0,
+                    resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
+                    accelerator_type=resources.accelerator,
+                ),
+                run_config=RunConfig(
+                    # A name of its own: Ray Train would take up an older run of the same name, but checkpoints are ours.
+                    name=f"{job.phase.name}-{uuid.uuid4().hex[:8]}",
+                    storage_path=f"{job.store.uri}/ray_train",
+                    failure_config=FailureConfig(max_failures=0),
+                    callbacks=list(callbacks),
+                ),
+            )
+            try:
+                progressed = trainer.fit().return_value
+                break
+            except WorkerGroupError as error:
+                _raise_own(error)
+                failures += 1
+                if 0 <= resources.max_failures < failures:
+                    raise
+                print(
+                    f"phase {job.phase.name}: a worker was lost ({_first_line(error)}); starting again from the last "
+                    f"checkpoint ({failures} of {resources.max_failures} failures)",
+                    flush=True,
+                )
+        beside.drain()
+    assert isinstance(progressed, Progressed)
+    return progressed
+
+
+def _ray_worker(config: dict[str, PhaseJob]) -> Progressed:
+    import ray.train
+
+    return run_worker(config["job"], lambda values: ray.train.report(dict(values)))
+
+
+def _raise_own(error: object) -> None:
+    """Raise the `RaydistillError` of a worker, if one failed with that, as itself."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, RaydistillError):
+                raise cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+
+
+class _Beside:
+    """While workers train: starts a Ray task for every set of weights that waits to be evaluated."""
+
+    def __init__(self, job: PhaseJob):
+        self._job = job
+        self._stop = threading.Event()
+        self._failures: list[BaseException] = []
+        self._thread = threading.Thread(target=self._watch, name="raydistill-evaluations", daemon=True)
+
+    def __enter__(self) -> _Beside:
+        if runs_beside(self._job):
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+
+    def drain(self) -> None:
+        """Wait until all weights are evaluated; raises what an evaluation raised."""
+        self._stop.set()
+        if runs_beside(self._job):
+            self._thread.join()
+            if self._failures:
+                raise self._failures[0]
+            metrics = Metrics(self._job.metrics_store, self._job.phase.name, 1 << 62, self._job.config)
+            log_evaluations(self._job.store, metrics, metrics.evaluated())
+            metrics.close()
+
+    def _watch(self) -> None:
+        import ray
+
+        resources = self._job.config.resources.train
+        task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=3)(evaluate_candidate)
+        running: dict[int, ray.ObjectRef] = {}
+        while True:
+            stopping = self._stop.is_set()
+            for step in waiting_candidates(self._job.store):
+                if step not in running:
+                    running[step] = task.remote(self._job, step)
+            for step, ref in list(running.items()):
+                ready, _ = ray.wait([ref], timeout=0)
+                if ready:
+                    try:
+                        ray.get(ref)
+                        settle_candidate(self._job, step)
+                    except BaseException as error:  # raised again by `drain`: a thread has nobody to tell
+                        self._failures.append(getattr(error, "cause", None) or error)
+                        return
+                    del running[step]
+            if stopping and not running:
+                return
+            self._stop.wait(POLL_SECONDS) if not stopping else threading.Event().wait(POLL_SECONDS)
+
+
+def _fewest(resources: TrainResources) -> int:
+    return resources.workers if isinstance(resources.workers, int) else resources.workers[0]
+
+
+def _local_gpu() -> int:
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "resources.train.gpus: wanted a GPU, found none that torch can use. Set it to 0 to train on CPUs."
+        )
+    return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
+
+
+def _first_line(error: BaseException) -> str:
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    return "; ".join(f"rank {rank}: {str(f).strip().splitlines()[0]}" for rank, f in failures.items() if str(f).strip())
+
+
+def _nobody(values: Mapping[str, float]) -> None:
+    """Nobody listens."""

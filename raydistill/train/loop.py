@@ -1,0 +1,59 @@
+"""The training loop: batch, turn, update, average, report, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+from raydistill.progress import Progress
+from raydistill.signals import Draws
+from raydistill.train.checkpoint import Progressed
+from raydistill.train.evaluation import Evaluations, Report
+from raydistill.train.guard import Guard
+from raydistill.train.meter import Meter
+from raydistill.train.metrics import Metrics
+from raydistill.train.prepare import Prepared
+
+
+def train(prepared: Prepared, report: Report) -> Progressed:
+    """Train a phase from where it stands to its end, all ranks together; returns how far it came.
+
+    `report` is called on every rank after each logged step and each evaluation.
+    Raises `TrainingDiverged` when the loss is no number or explodes.
+    """
+    job, phase, rank = prepared.job, prepared.job.phase, prepared.rank
+    done = prepared.resume()
+    saved = done.step
+    guard = Guard(phase=phase.name, explode_factor=phase.explode_factor, losses=done.losses)
+    meter = Meter()
+    metrics = Metrics(job.metrics_store, phase.name, done.step, job.config) if rank == 0 else None
+    evaluations = Evaluations(prepared, metrics, report, first_step=done.step)
+    with Progress(
+        f"train {phase.name}", total=prepared.num_steps, unit="steps", done=saved, silent=rank > 0
+    ) as progress:
+        for batches in prepared.loader(done.step):
+            player = prepared.recipe.turn(batches.step)
+            draws = [
+                Draws(seed=job.config.seed, phase=phase.name, step=batches.step, positions=p) for p in batches.positions
+            ]
+            update = prepared.engines[player].update(batches.micro_batches, draws, batches.step)
+            guard.check(update, batches, last_checkpoint=prepared.checkpoints.name(saved) if saved else None)
+            if prepared.ema is not None and player == "student":
+                prepared.ema.update(batches.step)
+            done = meter.advanced(done, batches, update)
+            progress.advance(1, note=f"loss {update.loss:.4f}, {meter.rate:,.0f} tokens/s")
+
+            last = done.step == prepared.num_steps
+            if done.step % phase.log_every == 0 or done.step == 1 or last:
+                if metrics is not None:
+                    metrics.write(done.step, meter.line(done, update))
+                report({"step": done.step, "loss": update.loss, **update.parts})
+            if evaluations.due(done.step, last=last):
+                evaluations.run(done.step)
+                meter.pause()
+            if done.step % phase.checkpoint.every_steps == 0 or last:
+                if metrics is not None:
+                    metrics.flush()
+                prepared.save(done, guard.losses)
+                saved = done.step
+                meter.pause()
+    if metrics is not None:
+        metrics.close()
+    return done

@@ -1,0 +1,66 @@
+"""Counts samples, targets and seconds of a training, and makes the logged lines."""
+
+from __future__ import annotations
+
+import time
+
+from raydistill.cache.loader import StepBatches
+from raydistill.signals import JsonValue
+from raydistill.train.checkpoint import Progressed
+from raydistill.train.engine import Update
+
+
+class Meter:
+    """Rates are over the steps since the last logged line."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+        self._clear()
+
+    @property
+    def rate(self) -> float:
+        """Targets per second."""
+        return self._tokens / max(self._seconds, 1e-9)
+
+    def pause(self) -> None:
+        """Leave out the time since the last step, which was not spent training."""
+        self._mark = time.perf_counter()
+
+    def advanced(self, done: Progressed, batches: StepBatches, update: Update) -> Progressed:
+        """How far the phase is after a step."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        tokens = round(update.counts.get("tokens", 0.0))
+        self._samples += batches.num_rows
+        self._tokens += tokens
+        self._seconds += seconds
+        self._wait += batches.wait_seconds
+        return done.model_copy(
+            update={
+                "step": batches.step + 1,
+                "samples": done.samples + batches.num_rows,
+                "tokens": done.tokens + tokens,
+                "seconds": done.seconds + seconds,
+            }
+        )
+
+    def line(self, done: Progressed, update: Update) -> dict[str, JsonValue]:
+        """What is logged of a step; `data_wait_seconds` is the sum since the last line, on rank 0."""
+        line: dict[str, JsonValue] = {
+            "samples": done.samples,
+            "tokens": done.tokens,
+            "loss": update.loss,
+            "parts": dict(update.parts),
+            "lr": dict(update.lr),
+            "grad_norm": update.grad_norm,
+            "samples_per_second": self._samples / max(self._seconds, 1e-9),
+            "tokens_per_second": self.rate,
+            "data_wait_seconds": self._wait,
+            "seconds": done.seconds,
+        }
+        self._clear()
+        return line
+
+    def _clear(self) -> None:
+        self._samples = self._tokens = 0
+        self._seconds = self._wait = 0.0

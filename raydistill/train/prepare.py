@@ -1,0 +1,205 @@
+"""What a worker builds before the first step: student, recipe, data, engines, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from pyarrow import fs
+from torch import Tensor, nn
+
+from raydistill.cache.loader import Loader
+from raydistill.cache.order import Order, Sampler
+from raydistill.cache.read import Dataset, open_manifest
+from raydistill.config.base import Config
+from raydistill.errors import ConfigError
+from raydistill.evaluate.language import make_validator
+from raydistill.models.assemble import own_state
+from raydistill.models.student import load_student
+from raydistill.recipes import RECIPES
+from raydistill.recipes.base import Recipe, TeacherView
+from raydistill.storage import Store
+from raydistill.train.checkpoint import Checkpoints, Progressed
+from raydistill.train.ema import Ema
+from raydistill.train.engine import Engine, ensure_process_group
+from raydistill.train.job import MAY_CHANGE, PhaseJob, require_same_settings
+from raydistill.train.parameters import groups_table, parameter_groups
+
+
+class Validator(Protocol):
+    """Measures a student on held-out rows; written by `evaluate`."""
+
+    def sums(self, student: nn.Module, *, rank: int, world_size: int) -> dict[str, float]:
+        """The sums of this rank's share; every rank makes the same number of forward passes."""
+
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of the summed `sums` of all ranks."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A phase that is ready to train on this rank."""
+
+    job: PhaseJob
+    recipe: Recipe[Config]
+    engines: dict[str, Engine]
+    ema: Ema | None
+    dataset: Dataset
+    sampler: Sampler
+    num_steps: int
+    device: torch.device
+    checkpoints: Checkpoints
+    validator: Validator | None
+    """Of evaluations inside the training; made when the first is due."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def resume(self) -> Progressed:
+        """Load the newest complete checkpoint, if there is one."""
+        progressed = self.checkpoints.latest()
+        if progressed is None:
+            return Progressed()
+        changed = require_same_settings(progressed.settings, self.job, allowed=MAY_CHANGE)
+        if self.rank == 0:
+            print(f"phase {self.job.phase.name}: continuing after step {progressed.step}", flush=True)
+            if changed:
+                print("with settings that changed since the checkpoint:\n" + "\n".join(changed), flush=True)
+        self.checkpoints.load(progressed, self.engines, self.ema)
+        return progressed
+
+    def save(self, progressed: Progressed, losses: Iterable[float]) -> None:
+        """Write a checkpoint; all ranks together."""
+        complete = progressed.model_copy(
+            update={
+                "num_ranks": dist.get_world_size(),
+                "updates": {name: engine.num_updates for name, engine in self.engines.items()},
+                "ema_updates": self.ema.num_updates if self.ema is not None else 0,
+                "losses": tuple(losses),
+                "settings": self.job.settings(),
+            }
+        )
+        self.checkpoints.save(self.engines, self.ema, complete)
+
+    def loader(self, first_step: int) -> Loader:
+        """This rank's micro-batches from `first_step` to the end of the phase."""
+        return Loader(
+            self.dataset,
+            self.sampler,
+            rank=self.rank,
+            world_size=dist.get_world_size(),
+            micro_size=self.job.phase.batch.micro_size,
+            first_step=first_step,
+            end_step=self.num_steps,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the present weights on held-out rows; all ranks together."""
+        job = self.job
+        if self.validator is None:
+            self.validator = make_validator(
+                job.config, inputs=job.inputs, signals=job.signals, max_rows=job.config.evaluate.max_rows
+            )
+        validator, student = self.validator, self.recipe.student
+        sums = self.engines["student"].inside_forward(
+            lambda: validator.sums(student, rank=self.rank, world_size=dist.get_world_size())
+        )
+        names = sorted(sums)
+        totals = torch.tensor([sums[n] for n in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return validator.metrics(dict(zip(names, totals.tolist(), strict=True)))
+
+
+def prepare(job: PhaseJob, device: torch.device) -> Prepared:
+    """Build a phase from its job; every rank does the same."""
+    phase = job.phase
+    ensure_process_group(device)
+    teachers = teacher_views(job)
+    student = student_with(job, job.weights, dtype=torch.float32)
+    if job.config.student.gradient_checkpointing:
+        recompute_activations(student)
+    recipe = RECIPES[type(phase.recipe)](phase.recipe, student, teachers)
+    dataset = Dataset(
+        Store(job.inputs), {n: Store(u) for n, u in job.signals.items()}, split="train", fields=recipe.reads
+    )
+    order = Order(
+        dataset.shard_rows, seed=job.config.seed, window=phase.batch.shuffle_shards, shuffle=phase.batch.shuffle
+    )
+    sampler = Sampler(order, phase.batch.global_size)
+    num_steps = phase.steps if phase.steps is not None else sampler.num_steps(phase.epochs or 0.0)
+    engines = make_engines(job, recipe, num_steps, device)
+    ema = Ema(engines["student"].masters, phase.ema) if phase.ema is not None else None
+    checkpoints = Checkpoints(job.store / "checkpoints", phase.checkpoint.keep)
+    return Prepared(job, recipe, engines, ema, dataset, sampler, num_steps, device, checkpoints, None)
+
+
+def make_engines(job: PhaseJob, recipe: Recipe[Config], num_steps: int, device: torch.device) -> dict[str, Engine]:
+    """One engine per player. The phase's rules choose parameters of the player `student`; others are trained whole."""
+    phase, players = job.phase, recipe.players()
+    if set(players) != set(phase.optimizer):
+        raise ConfigError(
+            f"phase {phase.name!r}: the recipe {phase.recipe.kind} has the players {', '.join(sorted(players))}, found "
+            f"optimizers for {', '.join(sorted(phase.optimizer))}. Give each player an entry under optimizer."
+        )
+    engines = {}
+    for name, network in players.items():
+        rules = phase.trainable if name == "student" else ()
+        groups = parameter_groups(network, rules, phase.optimizer[name], where=f"phase {phase.name!r}, player {name}")
+        if dist.get_rank() == 0:
+            print(f"phase {phase.name}, player {name}: trained parameters\n{groups_table(groups, network)}", flush=True)
+        engines[name] = Engine(recipe, name, groups, phase, phase.optimizer[name], num_steps=num_steps, device=device)
+    return engines
+
+
+def teacher_views(job: PhaseJob) -> dict[str, TeacherView]:
+    """What the recipe is told about each teacher; weights are made to sum to 1."""
+    chosen = [t for t in job.config.teachers if t.name in job.signals]
+    total = sum(t.weight for t in chosen)
+    return {
+        t.name: TeacherView(t.name, t.weight / total if total else 0.0, open_manifest(Store(job.signals[t.name])).facts)
+        for t in chosen
+    }
+
+
+def student_with(job: PhaseJob, weights: str | None, *, dtype: torch.dtype) -> nn.Module:
+    """The student of a run with the weights of a folder or file (None: its first ones), on the CPU, drop-out off."""
+    with local_folder(job.student) as folder, contextlib.ExitStack() as stack:
+        path = None if weights is None else stack.enter_context(local_folder(weights))
+        return load_student(folder, weights=path, dtype=dtype).eval()
+
+
+def first_state(job: PhaseJob) -> dict[str, Tensor]:
+    """The fp32 tensors that the phase starts from, by the names under which weights are saved."""
+    return own_state(student_with(job, job.weights, dtype=torch.float32))  # type: ignore[arg-type]
+
+
+def recompute_activations(student: nn.Module) -> None:
+    """Turn on gradient checkpointing.
+
+    transformers recomputes a layer only in training mode, which would turn drop-out on too; so only the layers
+    themselves are put into that mode, not what is inside them.
+    """
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for module in student.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """A folder or file as a local path; copied for as long as it is needed when it is on an object store."""
+    store = Store(uri)
+    if store.is_local:
+        yield Path(store.path())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fs.copy_files(store.path(), folder, source_filesystem=store.filesystem)
+        yield Path(folder)
