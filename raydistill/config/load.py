@@ -228,15 +228,16 @@ def _items(node: Node) -> Iterator[tuple[str, Node]]:
 
 def _unknown_key(key: str, node: dict[str, Node], annotation: Annotation, path: Path, origins: Origins) -> str:
     keys = keys_at(annotation, node)
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    close, near = (difflib.get_close_matches(key, keys, n=1, cutoff=cutoff) for cutoff in (0.75, 0.5))
     owners = [tag for tag, section in tags(annotation).items() if key in section.model_fields]
     name = discriminator_of(annotation)
+    elsewhere = None if close else _elsewhere(key, RunConfig, ())
     if owners and name:
         hint = f"; it belongs to {name}: {' | '.join(owners)}, here {name} is {node.get(name, default_tag(annotation))}"
+    elif elsewhere:
+        hint = f"; there is {elsewhere}"
     elif near:
         hint = f"; nearest: {'.'.join((*path, near[0]))}"
-    elif elsewhere := _elsewhere(key, RunConfig, ()):
-        hint = f"; there is {elsewhere}"
     else:
         hint = f"; keys here: {', '.join(k for k in keys if k not in DISCRIMINATORS)}"
     return f"{_at((*path, key), origins)}: there is no such key{hint}."
