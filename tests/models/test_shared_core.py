@@ -33,11 +33,19 @@ from raydistill.models.shared_core import (
 from raydistill.models.student import build_student, export_student, load_student, save_student
 from raydistill.models.upcycle import mixtral_from_llama
 
-SHAPE = dict(
-    vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128, initializer_range=0.2, num_experts_per_tok=2, bos_token_id=0, eos_token_id=1,
-    pad_token_id=None,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**SHAPE, intermediate_size=48, moe_intermediate_size=16, num_experts=5, head_dim=8),
     "qwen2_moe": Qwen2MoeConfig(

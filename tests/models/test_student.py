@@ -23,10 +23,19 @@ from raydistill.models.layers import keep_layers, spread
 from raydistill.models.student import build_student, export_student, load_student, save_student
 
 IDS = torch.arange(3, 51).reshape(4, 12)
-SHAPE = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    max_position_embeddings=128, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=None,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 
 
 def llama(*, layers=6, tied=True, seed=0):
