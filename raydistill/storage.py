@@ -6,12 +6,14 @@ on object stores. A file that has its final name is therefore whole.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyarrow import fs
@@ -86,8 +88,6 @@ class Store:
             finally:
                 part.unlink(missing_ok=True)
             return
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "file"
             _write(part, write)
@@ -111,6 +111,18 @@ class Store:
             while block := stream.read(8 << 20):
                 digest.update(block)
         return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """A folder or file as a local path; copied for as long as it is needed when it is on an object store."""
+    store = Store(uri)
+    if store.is_local:
+        yield Path(store.path())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fs.copy_files(store.path(), folder, source_filesystem=store.filesystem)
+        yield Path(folder)
 
 
 def _write(path: Path, write: bytes | str | Callable[[Path], None]) -> None:

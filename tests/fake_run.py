@@ -187,14 +187,17 @@ def _write_log(path: Path, *, seed: int, gain: float) -> None:
             progress = 1 - math.exp(-(done + step) / 70)
             noise = random.gauss(0, 0.06)
             cross_entropy, kl = 7.9 - 4.2 * gain * progress + noise, 4.8 - 4.1 * progress + noise
-            parts = {"cross_entropy": cross_entropy} | ({"kl/smollm2": kl} if gain == 1 else {})
+            loss = 0.3 * cross_entropy + 0.7 * kl if gain == 1 else cross_entropy
+            parts = {"blend": loss, "ce": cross_entropy, "accuracy": 0.1 + 0.3 * progress}
+            if gain == 1:
+                parts |= {"kd": kl, "kd/smollm2": kl, "agreement/smollm2": 0.66 * progress}
             lr = (1e-3 if phase == "warm" else 3e-4) * math.cos(math.pi / 2 * step / (steps + 1))
             lines.append({
                 "phase": phase, "step": step, "samples": 8 * step, "tokens": 2048 * step,
-                "loss": 0.3 * cross_entropy + 0.7 * kl if gain == 1 else cross_entropy, "parts": parts,
+                "loss": loss, "parts": parts,
                 "lr": {"student": lr}, "grad_norm": 0.8 + abs(random.gauss(0, 0.2)) + 2 / step,
                 "samples_per_second": 6.1, "tokens_per_second": 1540 + random.gauss(0, 30),
-                "data_wait_seconds": 0.004 + random.random() / 200, "seconds": 1.33,
+                "data_wait_seconds": 2 * (0.004 + random.random() / 200), "seconds": 1.33 * step,
             })  # fmt: skip
             if step % 60 == 0:
                 evaluation = {

@@ -121,9 +121,12 @@ def _histogram(values: np.ndarray, edges: Sequence[float]) -> dict[str, JsonValu
     }
 
 
-def capture_speed(signal: Store) -> float | None:
-    """Tokens per second at which the teacher wrote its cache, from build.json; None where it is not known."""
+def capture_speed(inputs: Store, signal: Store) -> float | None:
+    """Tokens per second at which the teacher wrote its cache, start-up included; None where build.json does not say."""
     if not signal.exists("build.json"):
         return None
-    value = json.loads(signal.read_text("build.json")).get("tokens_per_second")
-    return float(value) if value else None
+    tokens = {record.name: record.tokens for record in open_manifest(inputs).shards}
+    builds = json.loads(signal.read_text("build.json"))
+    done = sum(tokens.get(name, 0) for build in builds for name in build["shards"])
+    seconds = sum(build["seconds"] for build in builds)
+    return done / seconds if done and seconds else None

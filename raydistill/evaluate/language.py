@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from raydistill.cache.read import Dataset, open_manifest
+from raydistill.cache.read import Dataset, open_manifest, without_targets
 from raydistill.config.schema import RunConfig
+from raydistill.errors import DataError
 from raydistill.models.language import head_of, hidden_states
 from raydistill.recipes.base import TeacherView
 from raydistill.signals import Batch, JsonValue
@@ -61,8 +63,7 @@ def open_held_out(
 ) -> HeldOut:
     """The held-out rows of a run; `inputs` and `signals` are URIs of finished caches.
 
-    Raises:
-        DataError: there is no held-out row.
+    Raises `DataError` when there is no held-out row.
     """
     facts = {name: open_manifest(Store(uri)).facts for name, uri in signals.items()}
     total = sum(t.weight for t in config.teachers if t.name in facts) or 1.0
@@ -74,14 +75,19 @@ def open_held_out(
         fields={t.name: fields_read(t.facts) for t in teachers},
         max_rows=max_rows or config.evaluate.max_rows,
     )
-    vocab_size = open_manifest(Store(inputs)).facts["vocab_size"]
+    if not dataset.num_targets.sum():
+        raise DataError(
+            f"{inputs}: wanted held-out rows to measure on, found none; raise evaluate.held_out "
+            f"({config.evaluate.held_out}) or add documents to the source"
+        )
+    vocab_size = dataset.inputs_manifest.facts["vocab_size"]
     assert isinstance(vocab_size, int)
     batch = config.phases[-1].batch
     return HeldOut(
         dataset,
         teachers,
         vocab_size,
-        batch_tokens=max(batch.micro_size * config.source.seq_len, config.source.seq_len),
+        batch_tokens=batch.micro_size * config.source.seq_len,
         chunk_tokens=min(p.recipe.chunk_tokens for p in config.phases),
     )
 
@@ -181,6 +187,7 @@ class LanguageValidator:
     @torch.no_grad()
     def sums(self, student: nn.Module, *, rank: int = 0, world_size: int = 1) -> dict[str, float]:
         """The sums of this rank's share; every rank makes the same number of forward passes (ZeRO-3 needs that)."""
+        assert isinstance(student, PreTrainedModel), "language models are those of transformers"
         batches = self.rows.batches()
         device = next(student.parameters()).device
         names = sum_names(self.rows.teachers)
@@ -190,12 +197,12 @@ class LanguageValidator:
         for first in range(0, len(batches), world_size):
             mine = first + rank
             indices = batches[mine if mine < len(batches) else 0]
-            batch = {name: tensor.to(device) for name, tensor in self.rows.dataset.batch(indices).items()}
+            batch = self.rows.dataset.batch(indices)
             if mine < len(batches):
                 num_bytes += int(self.rows.dataset.text_bytes[indices].sum())
             else:
-                batch["target"] = torch.zeros_like(batch["target"])
-            total += self._batch_sums(student, batch)
+                batch = without_targets(batch)
+            total += self._batch_sums(student, {name: tensor.to(device) for name, tensor in batch.items()})
         student.train(was_training)
         return {**dict(zip(names, total.tolist(), strict=True)), "bytes": float(num_bytes)}
 
@@ -203,7 +210,7 @@ class LanguageValidator:
         """The metrics of the summed `sums` of all ranks."""
         return language_metrics(totals, self.rows.teachers)
 
-    def _batch_sums(self, student: nn.Module, batch: Batch) -> Float[Tensor, " sums"]:
+    def _batch_sums(self, student: PreTrainedModel, batch: Batch) -> Float[Tensor, " sums"]:
         hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])
         head = head_of(student, self.rows.vocab_size)
         where = batch["target"]
@@ -225,7 +232,7 @@ def make_validator(
     return LanguageValidator(open_held_out(config, inputs=inputs, signals=signals, max_rows=max_rows))
 
 
-def evaluate_language(model: nn.Module, rows: HeldOut) -> dict[str, float]:
+def evaluate_language(model: PreTrainedModel, rows: HeldOut) -> dict[str, float]:
     """What metrics.json says of one language model: quality, calibration, closeness to the teachers, size and speed."""
     validator = LanguageValidator(rows)
     metrics = validator.metrics(validator.sums(model))
@@ -242,7 +249,7 @@ def model_size(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_speed(model: nn.Module, rows: HeldOut, *, seconds: float = SPEED_SECONDS) -> float:
+def measure_speed(model: PreTrainedModel, rows: HeldOut, *, seconds: float = SPEED_SECONDS) -> float:
     """Tokens per second of forward pass and output head on held-out rows; the first batch only warms up."""
     device = next(model.parameters()).device
     batches = rows.batches()

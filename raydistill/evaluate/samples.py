@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.cache.read import Dataset
 from raydistill.config.schema import RunConfig
@@ -91,5 +92,5 @@ def continue_greedily(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    output = cast(GenerationMixin, model).generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

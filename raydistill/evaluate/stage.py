@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.schema import RunConfig
 from raydistill.evaluate.cached import cache_stats, capture_speed, teacher_line
-from raydistill.evaluate.comparison import LANGUAGE, ROLES, compare
+from raydistill.evaluate.comparison import LANGUAGE, compare
 from raydistill.evaluate.harness import require_harness, run_harness
 from raydistill.evaluate.language import HeldOut, evaluate_language, measure_speed, model_size, open_held_out
 from raydistill.evaluate.multiple_choice import Question, benchmark_name, read_questions, score_benchmark
@@ -20,7 +20,10 @@ from raydistill.evaluate.samples import Samples, choose_prompts
 from raydistill.models.load import load_language_model, load_tokenizer, resolve_source
 from raydistill.models.student import load_student
 from raydistill.signals import JsonValue
-from raydistill.storage import Store
+from raydistill.storage import Store, local_folder
+
+STUDENTS = ("student_init", "student_ce", "student", "student_ema")
+"""Students in the order in which they are measured; `student_ema` is the average of the last phase's weights."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class EvaluateJob:
     student: str
     """URI of the run's `init/` folder."""
     weights: Mapping[str, str]
-    """URI of the folder with the trained weights, for `student` and, where there is a baseline, `student_ce`."""
+    """URI of the folder with the trained weights: of `student`, of `student_ce` where there is a baseline, and of
+    `student_ema` where the last phase keeps an average."""
 
 
 @dataclass
@@ -75,9 +79,9 @@ def evaluate_run(job: EvaluateJob) -> Evaluation:
         del model
         gc.collect()
     stats = cache_stats(Store(job.inputs), {name: Store(uri) for name, uri in job.signals.items()})
-    metrics: dict[str, JsonValue] = {role: lines[role] for role in ROLES if role in lines}
+    metrics: dict[str, JsonValue] = dict(lines)
     if len(rows.teachers) > 1:
-        metrics["teachers"] = {t.name: teacher_line(rows, t.name) for t in rows.teachers}
+        metrics["teachers"] = {t.name: dict(teacher_line(rows, t.name)) for t in rows.teachers}
     metrics["comparison"] = compare(lines, LANGUAGE)
     metrics["held_out"] = {
         "rows": rows.dataset.num_rows,
@@ -92,12 +96,23 @@ def _models(job: EvaluateJob) -> Iterator[tuple[str, PreTrainedModel]]:
     """Role and model, loaded when its turn comes. Of several teachers, the one with the largest weight."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = max(job.config.teachers, key=lambda t: t.weight)
-    yield "teacher", load_language_model(teacher.model).to(device)
+    yield "teacher", _on(device, load_language_model(teacher.model))
     dtype = getattr(torch, job.config.student.model.dtype)
-    for role in ("student_init", "student_ce", "student"):
+    for role in STUDENTS:
         if role == "student_init" or role in job.weights:
-            weights = Path(job.weights[role]) if role in job.weights else None
-            yield role, load_student(Path(job.student), weights=weights, dtype=dtype).eval().to(device)
+            yield role, _on(device, student_of(job.student, job.weights.get(role), dtype=dtype))
+
+
+def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def student_of(student: str, weights: str | None, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The student of an `init/` folder with its own weights or with those of a folder; both are URIs."""
+    with local_folder(student) as folder, ExitStack() as stack:
+        path = None if weights is None else stack.enter_context(local_folder(weights))
+        return load_student(folder, weights=path, dtype=dtype)
 
 
 def _line(job: EvaluateJob, role: str, model: PreTrainedModel, rows: HeldOut) -> dict[str, JsonValue]:
@@ -106,7 +121,7 @@ def _line(job: EvaluateJob, role: str, model: PreTrainedModel, rows: HeldOut) ->
     name = max(job.config.teachers, key=lambda t: t.weight).name
     line: dict[str, JsonValue] = {**teacher_line(rows, name), **model_size(model)}
     line["tokens_per_second"] = measure_speed(model, rows)
-    captured = capture_speed(Store(job.signals[name]))
+    captured = capture_speed(Store(job.inputs), Store(job.signals[name]))
     return line if captured is None else {**line, "capture_tokens_per_second": captured}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from raydistill.report.charts import NARROW, WIDE, Format, Point, Series, line_chart, needs_log, number, percent
-from raydistill.report.words import METRICS, as_number, said
+from raydistill.report.words import METRICS, PARTS, as_number, said
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -79,11 +79,24 @@ def _of(section: str, name: str) -> Callable[[JsonLine], JsonValue]:
 
 def loss_figures(log: Log, baseline: Log) -> list[Figure]:
     """The optimised loss, then each part; the baseline is drawn where it has the same part."""
-    names = log.keys("parts")
+    shown = [log.points(_loss)]
+    names = []
+    for name in log.keys("parts"):  # a part alone is the whole loss, and the only teacher is all teachers
+        if (points := log.points(_of("parts", name))) not in shown:
+            shown.append(points)
+            names.append(name)
     width = NARROW if in_thirds(1 + len(names)) else WIDE
     figures = [_pair("Loss", "what is optimised", log, baseline, _loss, overlay=False, width=width)]
-    figures += [_pair(_words(n), "part of the loss", log, baseline, _of("parts", n), width=width) for n in names]
+    for name in names:
+        title, note = _part(name)
+        figures.append(_pair(title, note, log, baseline, _of("parts", name), width=width))
     return [f for f in figures if f.chart]
+
+
+def _part(name: str) -> tuple[str, str]:
+    first, _, rest = name.partition("/")
+    title, note = PARTS.get(first, (_words(first), "part of the loss"))
+    return (f"{title} · {rest}" if rest else title), note
 
 
 def in_thirds(count: int) -> bool:
@@ -123,7 +136,7 @@ def machine_figures(log: Log) -> list[Figure]:
         _single(
             "Waiting for data",
             "share of a step's time",
-            [_plain(log, _waiting)],
+            [Series(DISTILLED, _waiting(log), "student")],
             log,
             y_format=percent,
         ),
@@ -131,9 +144,19 @@ def machine_figures(log: Log) -> list[Figure]:
     return [f for f in figures if f.chart]
 
 
-def _waiting(line: JsonLine) -> JsonValue:
-    waited, seconds = as_number(line.get("data_wait_seconds")), as_number(line.get("seconds"))
-    return waited / seconds if waited is not None and seconds else None
+def _waiting(log: Log) -> list[Point]:
+    """Share of the time between two logged lines that was spent waiting; their `seconds` count up in each phase."""
+    points, before = [], ("", 0.0)
+    for x, line in log.lines:
+        waited, seconds = as_number(line.get("data_wait_seconds")), as_number(line.get("seconds"))
+        if waited is None or seconds is None:
+            continue
+        phase = str(line.get("phase"))
+        spent = seconds - (before[1] if before[0] == phase else 0.0)
+        before = phase, seconds
+        if spent > 0:
+            points.append((x, waited / spent))
+    return points
 
 
 def _plain(log: Log, value: Callable[[JsonLine], JsonValue]) -> Series:
@@ -182,7 +205,6 @@ def _marks(log: Log) -> list[tuple[float, str]]:
 
 
 def _words(name: str) -> str:
-    """`kl/smollm` as `KL · smollm`, `cross_entropy` as `Cross entropy`."""
-    first, *rest = name.replace("_", " ").split("/")
-    first = first.upper() if len(first) <= 3 else first[:1].upper() + first[1:]
-    return " · ".join([first, *rest])
+    """`mse` as `MSE`, `feature_loss` as `Feature loss`."""
+    words = name.replace("_", " ")
+    return words.upper() if len(words) <= 3 else words[:1].upper() + words[1:]

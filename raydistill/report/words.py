@@ -14,6 +14,7 @@ ROLE_NAMES = {
     "student_init": "Untrained student",
     "student_ce": "Without a teacher",
     "student": "Distilled student",
+    "student_ema": "Distilled, averaged",
 }
 """Who is measured, in the order of columns."""
 
@@ -42,6 +43,14 @@ METRICS = (
     Metric("bytes", "Size", "bytes of the weights in the number format used", "bytes"),
     Metric("tokens_per_second", "Tokens per second", "forward pass and output head, same rows and machine"),
 )
+PARTS = {
+    "ce": ("Cross-entropy", "of the true tokens, nats"),
+    "kd": ("Divergence from the teacher", "as optimised"),
+    "accuracy": ("Next-token accuracy", "most probable token is the true one"),
+    "agreement": ("Agreement", "most probable token is the teacher's"),
+    "router_aux": ("Router balance", "load-balancing loss of the experts"),
+}
+"""Title and meaning of parts of a loss, by the name before the slash."""
 IN_TABLE_ELSEWHERE = {"loss", "benchmarks", "lm_eval", "capture_tokens_per_second"}
 """Entries of a model's line that the table leaves to other places."""
 
