@@ -187,8 +187,8 @@ class _Reader:
                 filled += high - low
         if filled != len(value):
             raise DataError(
-                f"the checkpoint holds {filled} of the {len(value)} wanted numbers of {key}: it belongs to another student. "
-                "Use another run_dir, or move the phase's folder away to train it again."
+                f"the checkpoint holds {filled} of the {len(value)} wanted numbers of {key}: it belongs to another "
+                "student. Use another run_dir, or move the phase's folder away to train it again."
             )
         return value
 

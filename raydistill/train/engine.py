@@ -85,7 +85,9 @@ class Update:
     lr: dict[str, float]
     """Learning rate by group."""
     unsound: tuple[int, ...]
-    """This rank's micro-batches whose loss is not finite. Where any rank has one, no step is taken."""
+    """This rank's micro-batches whose loss is not finite."""
+    taken: bool
+    """Whether a step was taken: not where the loss of any rank's micro-batch is not finite."""
 
 
 class Engine:
@@ -164,14 +166,14 @@ class Engine:
         parts_mean = {n: totals[n] / counts[terms[n][1]] if counts[terms[n][1]] else 0.0 for n in totals}
         total_loss = math.fsum(terms[n][0] * value for n, value in parts_mean.items())
         unsound = tuple(i for i, ok in enumerate(finite) if not ok)
-        stop = self._reduced({"unsound": float(len(unsound))})["unsound"] > 0 or not math.isfinite(total_loss)
+        taken = self._reduced({"unsound": float(len(unsound))})["unsound"] == 0 and math.isfinite(total_loss)
         self._grad_norm = math.nan
-        if not stop:
+        if taken:
             self._engine.step()
             if not isinstance(self.masters, PlainMasters):  # where `_clip` has measured it
                 self._grad_norm = float(self._engine.get_global_grad_norm())
             self.num_updates += 1
-        return Update(total_loss, parts_mean, counts, self._grad_norm, lr, unsound)
+        return Update(total_loss, parts_mean, counts, self._grad_norm, lr, unsound, taken)
 
     def inside_forward(self, call: Callable[[], T]) -> T:
         """The result of `call`, run without gradients where ZeRO-3's parameters are gathered as they are used."""

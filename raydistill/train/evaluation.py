@@ -123,7 +123,7 @@ def require_known_metric(name: str, values: Mapping[str, float]) -> None:
     """`ConfigError` when an evaluation has no metric of that name."""
     if name not in values:
         raise ConfigError(
-            f"checkpoint.best_metric: wanted one of {', '.join(sorted(values))}; found {name}, which no evaluation measures."
+            f"checkpoint.best_metric: wanted one of {', '.join(sorted(values))}; found {name}, which is not measured."
         )
 
 

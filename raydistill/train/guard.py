@@ -30,10 +30,8 @@ class Guard:
     def check(self, update: Update, batches: StepBatches, *, last_checkpoint: str | None) -> None:
         """Raise `TrainingDiverged` on every rank alike if this step went wrong."""
         usual = statistics.median(self.losses) if len(self.losses) >= FEWEST else math.inf
-        if not math.isfinite(update.loss) or math.isnan(update.grad_norm):
-            what = (
-                f"the loss is {update.loss}" if not math.isfinite(update.loss) else "a micro-batch's loss is not finite"
-            )
+        if not update.taken:
+            what = f"the loss is {update.loss}"
             rows = _gathered([r for i in update.unsound for r in _rows_of(batches, i)])
         elif not math.isfinite(update.grad_norm):
             what, rows = f"the gradient's norm is {update.grad_norm}", _gathered(batches.row_ids)
@@ -46,8 +44,8 @@ class Guard:
         shown = ", ".join(rows[:SHOWN_ROWS]) + (f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
         kept = f"The last good checkpoint is {last_checkpoint}" if last_checkpoint else "There is no checkpoint yet"
         raise TrainingDiverged(
-            f"phase {self._phase!r}, step {batches.step + 1}: {what}; rows: {shown or 'not known'}. {kept}; the same command "
-            "continues from there. A lower optimizer lr, a smaller clip_norm or data without these rows may help."
+            f"phase {self._phase!r}, step {batches.step + 1}: {what}; rows: {shown or 'not known'}. {kept}; the same "
+            "command continues from there. A lower lr, a smaller clip_norm or data without these rows may help."
         )
 
 

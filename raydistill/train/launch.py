@@ -94,8 +94,8 @@ def require_room(resources: TrainResources) -> None:
         return
     kinds = sorted(k.removeprefix("accelerator_type:") for k in found if k.startswith("accelerator_type:"))
     raise ConfigError(
-        f"resources.train: wanted {workers} worker{'s' * (workers > 1)} with {resources.cpus:g} CPU and {resources.gpus:g} "
-        f"GPU each{f' of type {resources.accelerator}' if resources.accelerator else ''}, found a cluster of "
+        f"resources.train: wanted {workers} worker{'s' * (workers > 1)} with {resources.cpus:g} CPU and "
+        f"{resources.gpus:g} GPU each{f' of type {resources.accelerator}' if resources.accelerator else ''}, found a cluster of "
         f"{found.get('CPU', 0):g} CPU and {found.get('GPU', 0):g} GPU ({', '.join(kinds) or 'no accelerators'}). "
         "Ask for less (resources.train.workers: 0 trains in the driver) or use a larger cluster."
     )
@@ -115,25 +115,25 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
     with _Beside(job) as beside:
         while True:
             trainer = TorchTrainer(
-                _ray_worker,
+                _ray_worker,  # type: ignore[arg-type]
                 train_loop_config={"job": job},
                 torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo", timeout_s=SILENT_WORKER_SECONDS),
                 scaling_config=ScalingConfig(
-                    num_workers=workers if isinstance(workers, int) else (workers[0], workers[1]),
+                    num_workers=workers,  # type: ignore[arg-type]
                     use_gpu=resources.gpus > 0,
                     resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
                     accelerator_type=resources.accelerator,
                 ),
                 run_config=RunConfig(
-                    # A name of its own: Ray Train would take up an older run of the same name, but checkpoints are ours.
+                    # Ray Train would take up an older run of the same name; checkpoints are ours.
                     name=f"{job.phase.name}-{uuid.uuid4().hex[:8]}",
                     storage_path=f"{job.store.uri}/ray_train",
                     failure_config=FailureConfig(max_failures=0),
-                    callbacks=list(callbacks),
+                    callbacks=list(callbacks),  # type: ignore[arg-type]
                 ),
             )
             try:
-                progressed = trainer.fit().return_value
+                progressed = trainer.fit().return_value  # type: ignore[attr-defined]
                 break
             except WorkerGroupError as error:
                 _raise_own(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from raydistill.progress import Progress
-from raydistill.signals import Draws
 from raydistill.train.checkpoint import Progressed
 from raydistill.train.evaluation import Evaluations, Report
 from raydistill.train.guard import Guard
@@ -25,22 +24,18 @@ def train(prepared: Prepared, report: Report) -> Progressed:
     meter = Meter()
     metrics = Metrics(job.metrics_store, phase.name, done.step, job.config) if rank == 0 else None
     evaluations = Evaluations(prepared, metrics, report, first_step=done.step)
-    with Progress(
-        f"train {phase.name}", total=prepared.num_steps, unit="steps", done=saved, silent=rank > 0
-    ) as progress:
+    label, total = f"train {phase.name}", prepared.num_steps
+    with Progress(label, total=total, unit="steps", done=saved, silent=rank > 0) as progress:
         for batches in prepared.loader(done.step):
             player = prepared.recipe.turn(batches.step)
-            draws = [
-                Draws(seed=job.config.seed, phase=phase.name, step=batches.step, positions=p) for p in batches.positions
-            ]
-            update = prepared.engines[player].update(batches.micro_batches, draws, batches.step)
+            update = prepared.engines[player].update(batches.micro_batches, prepared.draws(batches), batches.step)
             guard.check(update, batches, last_checkpoint=prepared.checkpoints.name(saved) if saved else None)
             if prepared.ema is not None and player == "student":
                 prepared.ema.update(batches.step)
             done = meter.advanced(done, batches, update)
             progress.advance(1, note=f"loss {update.loss:.4f}, {meter.rate:,.0f} tokens/s")
 
-            last = done.step == prepared.num_steps
+            last = done.step == total
             if done.step % phase.log_every == 0 or done.step == 1 or last:
                 if metrics is not None:
                     metrics.write(done.step, meter.line(done, update))

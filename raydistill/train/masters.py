@@ -1,21 +1,22 @@
 """Where the fp32 masters of the weights and AdamW's moments live, under every ZeRO stage and precision.
 
 DeepSpeed scatters the state of a parameter over flat buffers, differently at each stage. Here every rank sees it as
-`Fragment`s: the stretch `[start, stop)` of a named parameter's numbers that this rank owns. Checkpoints, moving averages
-and the final weights are written by name in these terms, so they fit any number of ranks and any stage.
+`Fragment`s: the stretch `[start, stop)` of a named parameter's numbers that this rank owns. Checkpoints, moving
+averages and the final weights are written by name in these terms, so they fit any number of ranks and any stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq"]
+Named: TypeAlias = Mapping[str, nn.Parameter]
 KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -70,9 +71,9 @@ class PlainMasters:
 
     replicated = True
 
-    def __init__(self, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+    def __init__(self, named: Named, optimizer: torch.optim.Optimizer):
         self._named, self._optimizer = named, optimizer
-        self.fragments = [Fragment(n, tuple(p.shape), 0, p.numel()) for n, p in named.items()]
+        self.fragments: Sequence[Fragment] = [Fragment(n, tuple(p.shape), 0, p.numel()) for n, p in named.items()]
 
     def _find(self, fragment: Fragment, kind: Kind) -> Tensor:
         parameter = self._named[fragment.name]
@@ -94,20 +95,19 @@ class PlainMasters:
 
 
 class FlatMasters:
-    """Stages 1 and 2 (and stage 0 in bf16): one flat fp32 partition per group, linked to parameters by `_hp_mapping`."""
+    """Stages 1 and 2 (and 0 in bf16): one flat fp32 partition per group, linked to parameters by `_hp_mapping`."""
 
     replicated = False
 
-    def __init__(
-        self, named: Mapping[str, nn.Parameter], zero: torch.optim.Optimizer, optimizer: torch.optim.Optimizer
-    ):
+    def __init__(self, named: Named, zero: torch.optim.Optimizer, optimizer: torch.optim.Optimizer):
         self._named, self._zero, self._optimizer = named, zero, optimizer
-        self.fragments = []
+        fragments = []
         for name, parameter in named.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             start = mapping.lp_fragment_address.start if mapping is not None else 0
             length = mapping.lp_fragment_address.numel if mapping is not None else 0
-            self.fragments.append(Fragment(name, tuple(parameter.shape), start, start + length))
+            fragments.append(Fragment(name, tuple(parameter.shape), start, start + length))
+        self.fragments: Sequence[Fragment] = fragments
 
     def _find(self, fragment: Fragment, kind: Kind) -> Tensor:
         mapping = self._named[fragment.name]._hp_mapping  # type: ignore[attr-defined]
@@ -140,16 +140,15 @@ class PartitionedMasters:
 
     replicated = False
 
-    def __init__(
-        self, named: Mapping[str, nn.Parameter], zero: torch.optim.Optimizer, optimizer: torch.optim.Optimizer
-    ):
+    def __init__(self, named: Named, zero: torch.optim.Optimizer, optimizer: torch.optim.Optimizer):
         self._named, self._zero, self._optimizer = named, zero, optimizer
-        self.fragments = []
+        fragments = []
         for name, parameter in named.items():
             share = int(parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
             start = min(share * dist.get_rank(), int(parameter.ds_numel))  # type: ignore[attr-defined]
             stop = min(start + share, int(parameter.ds_numel))  # type: ignore[attr-defined]
-            self.fragments.append(Fragment(name, tuple(parameter.ds_shape), start, stop))  # type: ignore[attr-defined]
+            fragments.append(Fragment(name, tuple(parameter.ds_shape), start, stop))  # type: ignore[attr-defined]
+        self.fragments: Sequence[Fragment] = fragments
 
     def _make_states(self) -> None:
         for flat in self._zero.fp32_partitioned_groups_flat:  # type: ignore[attr-defined]

@@ -41,9 +41,9 @@ def parameter_groups(
 ) -> list[Group]:
     """Sort the parameters of `module` into optimizer groups and freeze the others (`requires_grad=False`).
 
-    The first rule whose expression is found in a name decides; unmatched parameters are frozen. A parameter with several
-    names (tied weights) belongs to the group of its first name. Biases and norm scales (fewer than two axes) are not
-    decayed unless `optimizer.decay_norms_and_biases` or the rule's own `weight_decay` says so.
+    The first rule whose expression is found in a name decides; unmatched parameters are frozen. A parameter with
+    several names (tied weights) belongs to the group of its first name. Biases and norm scales (fewer than two axes)
+    are not decayed unless `optimizer.decay_norms_and_biases` or the rule's own `weight_decay` says so.
 
     Raises `ConfigError` for a rule that decides nothing, a broken expression, or when nothing is left to train.
     """

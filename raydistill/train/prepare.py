@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pyarrow import fs
 from torch import Tensor, nn
 
-from raydistill.cache.loader import Loader
+from raydistill.cache.loader import Loader, StepBatches
 from raydistill.cache.order import Order, Sampler
 from raydistill.cache.read import Dataset, open_manifest
 from raydistill.config.base import Config
@@ -24,6 +24,7 @@ from raydistill.models.assemble import own_state
 from raydistill.models.student import load_student
 from raydistill.recipes import RECIPES
 from raydistill.recipes.base import Recipe, TeacherView
+from raydistill.signals import Draws
 from raydistill.storage import Store
 from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.ema import Ema
@@ -74,6 +75,11 @@ class Prepared:
                 print("with settings that changed since the checkpoint:\n" + "\n".join(changed), flush=True)
         self.checkpoints.load(progressed, self.engines, self.ema)
         return progressed
+
+    def draws(self, batches: StepBatches) -> list[Draws]:
+        """The random numbers of each micro-batch of a step."""
+        seed, phase = self.job.config.seed, self.job.phase.name
+        return [Draws(seed=seed, phase=phase, step=batches.step, positions=p) for p in batches.positions]
 
     def save(self, progressed: Progressed, losses: Iterable[float]) -> None:
         """Write a checkpoint; all ranks together."""

@@ -37,7 +37,7 @@ def _after_warmup(step: int, optimizer: OptimizerConfig, length: int) -> float:
 
 
 def _cosine(phase: float, low: float) -> float:
-    """Half a cosine from 1 at phase 0 to `low` at phase 1. Source: Loshchilov & Hutter 2017, arXiv 1608.03983, Eq. 5."""
+    """Half a cosine from 1 at 0 to `low` at 1. Source: Loshchilov & Hutter 2017, arXiv 1608.03983, Eq. 5."""
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * phase))
 
 
