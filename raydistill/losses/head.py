@@ -63,6 +63,11 @@ class Objective:
     """Use this many ids of each teacher; None uses all."""
     divergence: Divergence = forward_kl
 
+    @property
+    def exact(self) -> bool:
+        """Whether the vocabulary is tempered; at T = 1 both modes are the same."""
+        return self.mode == "exact" and self.temperature != 1.0
+
 
 class HeadSums(NamedTuple):
     """Sums over the tokens, in nats or counts."""
@@ -228,7 +233,7 @@ def _softmax_gradient(
 
     # e = exp(z) serves the cross-entropy and the coarse divergences; `base` is what the divergences weigh the tail by.
     slope = None if head.softcap is None or not with_gradient else (z / head.softcap).square_().neg_().add_(1)
-    hot = objective.mode == "exact" and temperature != 1.0 and alpha > 0 and bool(targets)
+    hot = objective.exact and bool(targets)
     hot_e = torch.sub(z, top).div_(temperature).exp_() if hot else None
     e = (z.sub_(top) if z.dtype == dtype else torch.sub(z, top)).exp_()
     base = e if hot_e is None else hot_e
@@ -318,14 +323,14 @@ def _class_divergence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(D [chunk], ∂D/∂class logits at the ids [chunk, K], that of the tail per unit of `e` [chunk, 1])."""
     temperature = objective.temperature
-    log_r = class_log_probs(target, temperature=temperature, mode=objective.mode, tail=mask is not None)
+    log_r = class_log_probs(target, temperature=temperature, exact=objective.exact, tail=mask is not None)
     student = z_spot / temperature
     if mask is None:
         value, gradient = objective.divergence(log_r, student.log_softmax(-1))
         return value, gradient, torch.zeros_like(z_spot[:, :1])
     # Relative to the largest exponential, which is 1: less than this is no mass, and 1 / tail must stay finite.
     tail = mask.tail.clamp_min(1e-30 if z_spot.dtype == torch.float32 else 1e-280)
-    log_tail = tail.log() if objective.mode == "exact" else tail.log() / temperature
+    log_tail = tail.log() if objective.exact else tail.log() / temperature
     value, gradient = objective.divergence(log_r, torch.cat([student, log_tail], -1).log_softmax(-1))
     return value, gradient[:, :-1], gradient[:, -1:] / tail
 

@@ -76,17 +76,19 @@ def fold(target: SparseTarget, top_k: int, *, temperature: float) -> SparseTarge
     )
 
 
-def class_log_probs(target: SparseTarget, *, temperature: float, mode: Mode, tail: bool) -> Float[Tensor, "tokens c"]:
+def class_log_probs(
+    target: SparseTarget, *, temperature: float, exact: bool, tail: bool
+) -> Float[Tensor, "tokens classes"]:
     """The teacher's tempered log-probabilities over its K ids and, where `tail`, the bucket of all others.
 
-    `coarse` tempers the K+1 classes: softmax([ℓ_K, ℓ_tail] / T). `exact` tempers the vocabulary and sums the tail
+    Coarse mode tempers the K+1 classes: softmax([ℓ_K, ℓ_tail] / T). Exact mode tempers the vocabulary and sums the tail
     afterwards: [ℓ_K / T, ψ_T] normalised. Both are the same thing at T = 1 and without a tail.
     """
     classes = target.logp / temperature
     if tail:
-        rest = target.psi if mode == "exact" else target.log_tail
-        assert rest is not None, "this temperature mode needs psi (exact) or log_tail (coarse)"
-        classes = torch.cat([classes, (rest if mode == "exact" else rest / temperature)[:, None]], -1)
+        rest = target.psi if exact else target.log_tail
+        assert rest is not None, "the tail needs psi (exact mode) or log_tail (coarse mode)"
+        classes = torch.cat([classes, (rest if exact else rest / temperature)[:, None]], -1)
     return classes.log_softmax(-1)
 
 

@@ -71,7 +71,7 @@ class LmLogits(Recipe[LmLogitsRecipe]):
 
     def _fields(self, teacher: TeacherView) -> tuple[str, ...]:
         config, names = self.config, ["ids", "logp"]
-        exact = config.temperature_mode == "exact" and config.temperature != 1.0
+        exact = self._objective.exact
         if self._sampled:
             names += ["log_tail", "tail_ids", "tail_counts", "tail_logp", *(["psi"] if exact else [])]
         elif config.tail == "bucket":

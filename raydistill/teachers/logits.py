@@ -63,7 +63,7 @@ class TopKLogitsTeacher:
             "sample_seed": self._draws.seed if self._draws else 0,
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         target, device = batch["target"], next(self._model.parameters()).device
         if not self._isolates and is_packed(batch["position_ids"]):

@@ -1,11 +1,11 @@
 """The top_k_logits teacher against a bigram table whose every probability is known, and against dense formulas."""
 
-import hashlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from collate import collate
 from toys import Bigram, bigram_model, tiny_llama
 
 from raydistill.config.models import PythonModel
@@ -25,34 +25,13 @@ def _section(**settings):
     return TeacherSection(**{"name": "toy", "model": model, "top_k": 8, **settings})
 
 
-def _batch(*rows, length=None, seed=0):
-    """Collate token lists, each one document or a list of packed documents; every token before another is a target."""
-    rows = [row if isinstance(row[0], list) else [row] for row in rows]
-    length = length or max(sum(map(len, row)) for row in rows)
-    batch = {k: torch.zeros(len(rows), length, dtype=torch.long) for k in ("input_ids", "position_ids", "labels")}
-    batch["target"], batch["valid"] = (torch.zeros(len(rows), length, dtype=torch.bool) for _ in range(2))
-    for r, documents in enumerate(rows):
-        start = 0
-        for document in documents:
-            stop = start + len(document)
-            batch["input_ids"][r, start:stop] = torch.tensor(document)
-            batch["position_ids"][r, start:stop] = torch.arange(len(document))
-            batch["labels"][r, start : stop - 1] = torch.tensor(document[1:])
-            batch["target"][r, start : stop - 1] = True
-            batch["valid"][r, start:stop] = True
-            start = stop
-    keys = [hashlib.sha256(f"row{seed}.{r}".encode()).digest()[:8] for r in range(len(rows))]
-    batch["row_key"] = torch.tensor([int.from_bytes(k, "little", signed=True) for k in keys])
-    return batch
-
-
 def _tokens(count, seed=0):
     return BIGRAM.sample(count, np.random.default_rng(seed)).tolist()
 
 
 def test_row_t_holds_the_distribution_of_token_t_plus_1():
     teacher = TopKLogitsTeacher(_section(temperatures=(2.0, 4.0)), bigram_model(BIGRAM), VOCAB)
-    batch = _batch(_tokens(9), [_tokens(4, 1), _tokens(5, 2)], _tokens(3, 3))
+    batch = collate(_tokens(9), [_tokens(4, 1), _tokens(5, 2)], _tokens(3, 3))
     signal = teacher(batch)
     check_batch(signal, teacher.schema, where="teacher")
     for row, t in batch["target"].nonzero().tolist():
@@ -71,7 +50,7 @@ def test_row_t_holds_the_distribution_of_token_t_plus_1():
 
 def test_positions_without_target_are_zero_and_a_batch_without_targets_has_the_shapes():
     teacher = TopKLogitsTeacher(_section(), bigram_model(BIGRAM), VOCAB)
-    batch = _batch(_tokens(5), _tokens(3, 1))
+    batch = collate(_tokens(5), _tokens(3, 1))
     signal = teacher(batch)
     assert all(tensor[~batch["target"]].abs().sum() == 0 for tensor in signal.values())
     batch["target"] = torch.zeros_like(batch["target"])
@@ -85,9 +64,9 @@ def test_chunks_padding_and_packing_do_not_change_the_signal(chunk_tokens):
     model = tiny_llama()
     teacher = TopKLogitsTeacher(_section(chunk_tokens=chunk_tokens), model, 97)
     a, b = list(range(5, 12)), list(range(30, 35))
-    alone = [teacher(_batch(a)), teacher(_batch(b))]
-    together = teacher(_batch(a, b, length=11))
-    packed = teacher(_batch([a, b]))
+    alone = [teacher(collate(a)), teacher(collate(b))]
+    together = teacher(collate(a, b, length=11))
+    packed = teacher(collate([a, b]))
     for name in teacher.schema:
         for place, length, one, row in ((0, 7, alone[0], 0), (7, 5, alone[1], 1)):
             expected = one[name][0].float()
@@ -99,7 +78,7 @@ def test_padded_head_rows_get_no_mass():
     model = tiny_llama(100, tied=False)
     with torch.no_grad():
         model.lm_head.weight[97:] *= 1000
-    batch = _batch(list(range(3, 20)))
+    batch = collate(list(range(3, 20)))
     signal = TopKLogitsTeacher(_section(top_k=97), model, 97)(batch)
     here = batch["target"]
     assert signal["ids"].max() < 97
@@ -112,7 +91,7 @@ def test_certain_and_impossible_tokens_stop_at_the_floor():
     model.lm_head.bias = torch.nn.Parameter(torch.full((VOCAB,), -torch.inf))
     with torch.no_grad():
         model.lm_head.bias[[5, 6]] = torch.tensor([0.75, 0.25]).log()
-    batch = _batch([1, 5, 6, 7, 5])
+    batch = collate([1, 5, 6, 7, 5])
     signal = TopKLogitsTeacher(_section(top_k=3), model, VOCAB)(batch)
     here = batch["target"]
     assert signal["ids"][here][:, :2].tolist() == [[5, 6]] * 4
@@ -126,7 +105,7 @@ def test_certain_and_impossible_tokens_stop_at_the_floor():
 
 
 def test_full_vocabulary_decodes_to_the_table():
-    batch = _batch(_tokens(12))
+    batch = collate(_tokens(12))
     signal = TopKLogitsTeacher(_section(top_k=VOCAB), bigram_model(BIGRAM), VOCAB)(batch)
     dense = decode_dense(signal, VOCAB)[batch["target"]]
     expected = torch.from_numpy(np.exp(BIGRAM.log_p))[batch["input_ids"][batch["target"]]].float()
@@ -134,7 +113,7 @@ def test_full_vocabulary_decodes_to_the_table():
 
 
 def test_decoded_tail_is_even_and_everything_sums_to_one():
-    batch = _batch(_tokens(12))
+    batch = collate(_tokens(12))
     signal = TopKLogitsTeacher(_section(top_k=4), bigram_model(BIGRAM), VOCAB)(batch)
     dense = decode_dense(signal, VOCAB)[batch["target"]]
     torch.testing.assert_close(dense.sum(-1), torch.ones(11), rtol=2e-3, atol=0)
@@ -146,7 +125,7 @@ def test_decoded_tail_is_even_and_everything_sums_to_one():
 
 @pytest.mark.parametrize("head_size", [0, 4])
 def test_sampled_tail_is_unbiased_over_seeds(head_size):
-    batch = _batch([10, 20, 30])
+    batch = collate([10, 20, 30])
     mean, runs = torch.zeros(2, VOCAB), 300
     model = bigram_model(BIGRAM)
     for seed in range(runs):
@@ -162,7 +141,7 @@ def test_sampled_tail_is_unbiased_over_seeds(head_size):
 def test_draws_depend_on_row_position_and_seed_alone():
     def signal(*rows, length=None, seed=0):
         section = _section(top_k=2, estimator=HeadTailSample(kind="head_tail_sample", samples=5, seed=seed))
-        return TopKLogitsTeacher(section, bigram_model(BIGRAM), VOCAB)(_batch(*rows, length=length))
+        return TopKLogitsTeacher(section, bigram_model(BIGRAM), VOCAB)(collate(*rows, length=length))
 
     a, b = _tokens(6), _tokens(9, 1)
     alone, beside = signal(a), signal(a, b, length=12)
@@ -175,7 +154,7 @@ def test_draws_depend_on_row_position_and_seed_alone():
 
 def test_drawn_ids_are_unique_outside_the_head_and_count_to_the_samples():
     section = _section(top_k=3, estimator=HeadTailSample(kind="head_tail_sample", samples=40))
-    batch = _batch(_tokens(20))
+    batch = collate(_tokens(20))
     signal = {k: v[batch["target"]] for k, v in TopKLogitsTeacher(section, bigram_model(BIGRAM), VOCAB)(batch).items()}
     assert (signal["tail_counts"].sum(-1) == 40).all()
     for ids, head, counts, log_p, token in zip(
@@ -220,7 +199,7 @@ def test_ids_beyond_131072_survive():
         model.lm_head.weight.mul_(0.1)
         model.lm_head.weight[[150_000, 70_000]] = 3.0
         model.lm_head.weight[[140_000, 66_000]] = -3.0
-    batch = _batch([1, 150_000, 70_000])
+    batch = collate([1, 150_000, 70_000])
     signal = TopKLogitsTeacher(_section(top_k=2), model, 151_900)(batch)
     assert set(signal["ids"][0, 0].tolist()) in ({150_000, 70_000}, {140_000, 66_000})
 
