@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from raydistill import errors
 from raydistill.config.load import OVERRIDE, load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
@@ -121,9 +123,12 @@ def _summary(config: RunConfig) -> str:
 def root_cause(error: BaseException) -> BaseException:
     """The first `RaydistillError` among an error and what it wraps, else the error itself.
 
-    Ray wraps the errors of workers in its own; those carry the original in `cause` or in the chain of causes.
+    Ray wraps the errors of workers in its own. Those carry the original in `cause` or in the chain of causes; Ray Data
+    keeps only its text, out of which it is made again.
     """
-    return next((e for e in _wrapped(error, set()) if isinstance(e, RaydistillError)), error)
+    wrapped = list(_wrapped(error, set()))
+    ours = next((e for e in wrapped if isinstance(e, RaydistillError)), None)
+    return ours or next((e for e in map(_quoted, wrapped) if e is not None), error)
 
 
 def _wrapped(error: object, seen: set[int]) -> Iterator[BaseException]:
@@ -131,12 +136,22 @@ def _wrapped(error: object, seen: set[int]) -> Iterator[BaseException]:
         return
     seen.add(id(error))
     # An error that Ray raises in the guise of its cause inherits from it too, but its text is a remote traceback.
-    inner = getattr(error, "cause", None)
-    yield from _wrapped(inner, seen)
+    yield from _wrapped(getattr(error, "cause", None), seen)
     yield error
     failures = getattr(error, "worker_failures", None)
     for below in (error.__cause__, error.__context__, *(failures.values() if isinstance(failures, dict) else ())):
         yield from _wrapped(below, seen)
+
+
+_QUOTED = re.compile(r"^raydistill\.errors\.(\w+): (.*?)\s*(?=^\s*$|\Z)", re.MULTILINE | re.DOTALL)
+"""A traceback's last line: the class and the message, which may have several lines."""
+
+
+def _quoted(error: BaseException) -> RaydistillError | None:
+    """The error of ours whose traceback is quoted in the text of `error`."""
+    match = _QUOTED.search(str(error))
+    kind = getattr(errors, match[1], None) if match else None
+    return kind(match[2]) if match and kind is not None and issubclass(kind, RaydistillError) else None
 
 
 def _report(error: BaseException, cause: BaseException, debug: bool) -> int:

@@ -1,0 +1,30 @@
+"""Every configuration that is shipped loads, and the editors' schema accepts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from raydistill.config.docs import json_schema
+from raydistill.run import main
+
+ROOT = Path(__file__).parents[1]
+RUNS = [p for p in sorted(ROOT.glob("configs/**/*.yaml")) if "size" not in p.relative_to(ROOT).parts]
+PARTS = sorted(ROOT.glob("configs/size/*.yaml"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_it_passes_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(path), "--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [*RUNS, *PARTS], ids=name)
+def test_the_editors_schema_accepts_it(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
