@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from raydistill.cache.ahead import UnpackAhead
 from raydistill.cache.order import Sampler, StepRows
 from raydistill.cache.read import Dataset, without_targets
 
@@ -50,8 +51,8 @@ class Loader:
     gets ceil(micro-batches / world_size) of them; a rank for which none is left computes the last one without
     targets, which adds nothing to any sum or count.
 
-    A background thread keeps up to `depth` steps ready. It ends with the iteration, also after `break` or an error,
-    and its own errors are raised in the consumer.
+    A background thread keeps up to `depth` steps ready, another unpacks the shards of the next window. They end with
+    the iteration, also after `break` or an error, and errors of reading are raised in the consumer.
     """
 
     def __init__(
@@ -85,6 +86,10 @@ class Loader:
         ready: queue.Queue[StepBatches | _Failure | None] = queue.Queue(maxsize=self._depth)
         stop = threading.Event()
         thread = threading.Thread(target=self._fill, args=(ready, stop), name="raydistill-loader", daemon=True)
+        ahead = UnpackAhead(
+            self._dataset, self._sampler, steps=self._steps, rank=self._rank, world_size=self._world_size
+        )
+        ahead.start()
         thread.start()
         try:
             while True:
@@ -94,9 +99,11 @@ class Loader:
                     return
                 if isinstance(item, _Failure):
                     raise item.error
+                ahead.reached(item.step)
                 yield replace(item, wait_seconds=time.perf_counter() - start)
         finally:
             stop.set()
+            ahead.close()
             while thread.is_alive():
                 _drain(ready)  # the thread may be waiting for room
                 thread.join(timeout=0.01)

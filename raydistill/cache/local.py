@@ -47,8 +47,9 @@ def local_folder() -> Path:
 class LocalShards(Generic[V]):
     """Arrow tables by key, unpacked on demand into a folder of at most `limit_bytes`.
 
-    `limit_bytes` is by default half of what is free on the disk. The table that was asked for last always stays, so a
-    folder that is too small makes reading slow, never wrong. Safe to use from several threads and processes.
+    `limit_bytes` is by default a third of what is free on the disk; a removed file takes room for as long as somebody
+    maps it, so in all two thirds are used at most. The table that was asked for last always stays, so a folder that is
+    too small makes reading slow, never wrong. Safe to use from several threads and processes.
 
     `view` turns a mapped table into whatever the reader wants to keep of it; it is called once per mapping.
     """
@@ -57,7 +58,7 @@ class LocalShards(Generic[V]):
         self._view = view
         self._folder = folder or local_folder()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._limit = limit_bytes or _half_of_the_disk(self._folder)
+        self._limit = limit_bytes or _third_of_the_disk(self._folder)
         self._mapped: OrderedDict[str, tuple[V, int]] = OrderedDict()
         self._guard = threading.Lock()
 
@@ -77,7 +78,6 @@ class LocalShards(Generic[V]):
         view = self._view(table)
         with self._guard:
             self._mapped[key] = (view, table.nbytes)
-            # A removed file takes room for as long as it is mapped, so what is mapped counts against the limit too.
             while len(self._mapped) > 1 and sum(size for _, size in self._mapped.values()) > self._limit:
                 self._mapped.popitem(last=False)
         return view
@@ -131,5 +131,5 @@ def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
             yield found.st_mtime, found.st_size, path
 
 
-def _half_of_the_disk(folder: Path) -> int:
-    return (shutil.disk_usage(folder).free + sum(size for _, size, _ in _files(folder))) // 2
+def _third_of_the_disk(folder: Path) -> int:
+    return (shutil.disk_usage(folder).free + sum(size for _, size, _ in _files(folder))) // 3

@@ -49,15 +49,27 @@ class Order:
         """The row numbers of epoch `epoch` (from 0) in their order; each row once."""
         if not self.shuffle:
             return np.arange(self.num_rows)
-        # Sorting by raw Philox output instead of calling a shuffle: NumPy promises the raw stream for ever, but
-        # not that of its shuffles, and a resumed run must not change its order when NumPy is upgraded.
-        shards = np.argsort(self._keys(epoch, "shards", len(self._shard_rows)), kind="stable")
+        shards = self.shards(epoch)
         sizes = self._shard_rows[shards]
         window_of_row = np.repeat(np.arange(len(shards)) // self.window, sizes)
-        ends = np.cumsum(sizes)
         first_row = np.cumsum(self._shard_rows) - self._shard_rows
-        rows = np.arange(self.num_rows) + np.repeat(first_row[shards] - (ends - sizes), sizes)
+        rows = np.arange(self.num_rows) + np.repeat(first_row[shards] - (np.cumsum(sizes) - sizes), sizes)
         return rows[np.lexsort((self._keys(epoch, "rows", self.num_rows), window_of_row))]
+
+    def shards(self, epoch: int) -> Int64[np.ndarray, " shards"]:
+        """The shards of epoch `epoch` in their order; each `window` of them are read together."""
+        if not self.shuffle:
+            return np.arange(len(self._shard_rows))
+        # Sorting by raw Philox output instead of calling a shuffle: NumPy promises the raw stream for ever, but
+        # not that of its shuffles, and a resumed run must not change its order when NumPy is upgraded.
+        return np.argsort(self._keys(epoch, "shards", len(self._shard_rows)), kind="stable")
+
+    def window_rows(self, epoch: int) -> Int64[np.ndarray, " windows_plus_1"]:
+        """Where in the order of epoch `epoch` the windows begin; one more entry for the end."""
+        ends = np.cumsum(self._shard_rows[self.shards(epoch)])
+        return np.concatenate([[0], ends[self.window - 1 :: self.window], ends[-1:]])[
+            : -(-len(ends) // self.window) + 1
+        ]
 
     def _keys(self, epoch: int, stream: str, count: int) -> np.ndarray:
         text = f"order|{self.seed}|{epoch}|{self.window}|{stream}"

@@ -107,3 +107,15 @@ def test_epochs_become_steps(epochs: float, steps: int) -> None:
 def test_an_empty_split_is_an_error() -> None:
     with pytest.raises(ConfigError, match="found none"):
         Sampler(Order([0, 0], seed=0, window=1), 4)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 64])
+def test_windows_are_where_their_shards_are(window: int) -> None:
+    shard_rows = [4, 6, 5, 3, 7, 2, 5]
+    order = Order(shard_rows, seed=0, window=window)
+    shard_of, rows, shards = np.repeat(np.arange(7), shard_rows), order.epoch(1), order.shards(1)
+    begins = order.window_rows(1)
+    assert (begins[0], begins[-1], len(begins)) == (0, 32, -(-7 // window) + 1)
+    for w in range(len(begins) - 1):
+        members = set(shards[w * window : (w + 1) * window].tolist())
+        assert set(shard_of[rows[begins[w] : begins[w + 1]]].tolist()) == members
