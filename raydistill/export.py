@@ -1,7 +1,7 @@
 """The export of a run: a folder that plain transformers loads, with a model card that says what was measured.
 
-It holds the student's weights and configuration, the tokenizer and README.md; a student with shared cores also has them in
-`compact/`. The folder appears whole or not at all: it is written beside its place and renamed.
+It holds the student's weights and configuration, the tokenizer and README.md; a student with shared cores also has
+them in `compact/`. The folder appears whole or not at all: it is written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -165,14 +165,14 @@ def _metrics(run: Store) -> Mapping[str, JsonValue]:
 
 def model_card(config: RunConfig, metrics: Mapping[str, JsonValue], *, has_compact: bool = False) -> str:
     """README.md of an export: teacher, data, settings, measured numbers, versions."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)  # noqa: S701
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
     lines = {role: line for role in COLUMNS if isinstance(line := metrics.get(role), dict)}
     return environment.from_string(CARD).render(
         name=config.name,
         teachers=[
             {
                 "name": t.name,
-                "source": f"`{t.model.source}`",
+                "source": f"`{_shown(t.model.source)}`",
                 "signal": f"{t.signal} of the top {t.top_k} ({t.estimator.kind}, {t.codec})",
                 "weight": f"{t.weight:g}",
             }
@@ -180,7 +180,7 @@ def model_card(config: RunConfig, metrics: Mapping[str, JsonValue], *, has_compa
         ],
         compact=COMPACT if has_compact else "",
         data=_data(config),
-        student=f"`{config.student.model.source}`, init {config.student.init.kind}",
+        student=f"`{_shown(config.student.model.source)}`, init {config.student.init.kind}",
         phases=[_phase(p) for p in config.phases],
         seed=config.seed,
         held_out=_held_out(metrics),
@@ -188,6 +188,11 @@ def model_card(config: RunConfig, metrics: Mapping[str, JsonValue], *, has_compa
         benchmarks=_benchmarks(lines),
         versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
     )
+
+
+def _shown(source: str) -> str:
+    """A source as others can use it: of a path on this machine only the name."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _data(config: RunConfig) -> str:
@@ -202,10 +207,10 @@ def _data(config: RunConfig) -> str:
         ]
         what = ", ".join(part for part in named if part)
     else:
-        what = ", ".join(f"`{Path(path).name}`" for path in source.paths)
+        what = ", ".join(f"`{_shown(path)}`" for path in source.paths)
     packed = "packed rows" if source.packing else "rows"
     return (
-        f"{what}: {packed} of at most {source.seq_len:,} tokens, tokenizer `{source.tokenizer}`; "
+        f"{what}: {packed} of at most {source.seq_len:,} tokens, tokenizer `{_shown(source.tokenizer)}`; "
         f"{100 * config.evaluate.held_out:g} % of the documents were held out."
     )
 

@@ -6,12 +6,13 @@ samples.json: `{"tokens": n, "samples": [{"prompt": text, "reference": text | nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.cache.read import Dataset
 from raydistill.config.schema import RunConfig
@@ -92,5 +93,6 @@ def continue_greedily(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    output = cast(GenerationMixin, model).generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    generate = cast("Callable[..., Tensor]", model.generate)
+    output = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
