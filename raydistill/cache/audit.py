@@ -50,7 +50,8 @@ class Audit:
     def __str__(self) -> str:
         return (
             f"{self.positions:,} positions, top-1 agreement {self.top1_agreement:.3f}, "
-            f"shared ids {self.shared_ids:.3f}, |Δ log p| mean {self.mean_difference:.4f} p99 {self.p99_difference:.4f} nats"
+            f"shared ids {self.shared_ids:.3f}, "
+            f"|Δ log p| mean {self.mean_difference:.4f} p99 {self.p99_difference:.4f} nats"
         )
 
 

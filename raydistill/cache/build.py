@@ -9,6 +9,7 @@ Shards do not depend on actors, so neither their number nor a kill at any moment
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections import Counter
@@ -396,6 +397,7 @@ def _map(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     most = max(1, min(actors[1], len(items)))
     pool = ray.data.ActorPoolStrategy(
         min_size=min(max(1, actors[0]), most),

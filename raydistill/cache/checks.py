@@ -31,7 +31,7 @@ def manifest_faults(store: Store, manifest: Manifest, *, parent: str | None) -> 
 
 
 def file_fault(store: Store, record: ShardRecord, records: Mapping[str, ShardRecord], present: set[str]) -> str | None:
-    """Level 1: the file is there, as large as it was and with the same hash, and its record agrees with the manifest."""
+    """Level 1: the file is there, of the same size and hash, and its record agrees with the manifest."""
     if record.name not in present:
         return "the shard is missing"
     if record.name not in records:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +25,10 @@ from raydistill.cache.codecs import RAW_PLANES, Codec, Fields, Plane, codec_for
 from raydistill.cache.manifest import FieldRecord, ShardRecord
 from raydistill.errors import DataError
 from raydistill.signals import Field, Schema
-from raydistill.sources.text import TextRow
 from raydistill.storage import Store
+
+if TYPE_CHECKING:  # its module imports transformers, which readers do not need
+    from raydistill.sources.text import TextRow
 
 INPUTS_FORMAT = 1
 """Version of the layout of inputs shards; a part of their fingerprint."""

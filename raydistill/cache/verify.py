@@ -197,7 +197,7 @@ def sample_rows(records: Sequence[ShardRecord], num_rows: int, seed: str) -> dic
 def load_teacher(config: TeacherConfig, vocab_size: int) -> tuple[Teacher, nn.Module]:
     """A teacher and, as its own student, its model, on the GPU of this process or its CPU."""
     model = load_language_model(config.model)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return TopKLogitsTeacher(config, model, vocab_size), model
 
 
