@@ -23,7 +23,7 @@ BOOKS = {  # file: (title, author, first line of a chapter, most characters take
     "edgeworth-parents": ("The Parent's Assistant (1796)", "Maria Edgeworth", r"[A-Z][A-Z' ]+\.$|CHAPTER", 450_000),
 }
 PASSAGE_CHARS = 3000
-"""A passage ends with the first paragraph that makes it at least this long; the rest of a chapter joins the last one."""
+"""A passage ends with the paragraph that makes it at least this long; a short rest of a chapter joins the last one."""
 HEADING_CHARS = 500
 """A chapter of fewer characters is a heading, and stays with the chapter after it."""
 PROSE_WIDTH = 55

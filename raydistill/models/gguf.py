@@ -12,8 +12,9 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from raydistill.errors import DataError
+from raydistill.errors import DataError, OutOfSpace
 from raydistill.models.hashes import file_sha256, home
+from raydistill.models.hub import first_line
 
 MAGIC = b"GGUF"
 
@@ -66,8 +67,10 @@ def _converted(path: Path, kind: str, convert: Callable[[Path], None]) -> Path:
             convert(part)
             part.chmod(0o755)
             part.rename(final)
-        except (OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError, NotImplementedError) as error:
-            raise DataError(f"cannot read the GGUF file {path}: {error}") from error
+        except Exception as error:  # a reader of binary files fails in whatever way the bytes make it
+            if "No space left" in str(error):
+                raise OutOfSpace(f"cannot write {final}: the disk is full; make room or set RAYDISTILL_HOME") from error
+            raise DataError(f"cannot read the GGUF file {path}, it may be truncated: {first_line(error)}") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return final

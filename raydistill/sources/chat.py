@@ -54,11 +54,16 @@ def rendered(
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise `DataError` unless the tokenizer has a chat template."""
+    """Raise `DataError` unless the tokenizer has a chat template and knows which characters a token stands for."""
     if not tokenizer.chat_template:
         raise DataError(
-            f"{where} holds conversations, but the tokenizer {tokenizer.name_or_path} has no chat template; use the "
+            f"{where} holds a conversation, but the tokenizer {tokenizer.name_or_path} has no chat template; use the "
             "tokenizer of a chat model, or a text column"
+        )
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{where} holds a conversation, but {type(tokenizer).__name__} cannot tell where a token stands in the text; "
+            "use a tokenizer with a tokenizer.json"
         )
 
 

@@ -90,7 +90,8 @@ def _parts(file: DataFile) -> list[tuple[Part, int]]:
     metadata = open_parquet(file).metadata
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     before = np.cumsum([0, *sizes])[:-1] // UNIT_BYTES
-    groups = [list(members) for _, members in groupby(range(len(sizes)), key=lambda i: before[i])]
+    filled = [i for i in range(len(sizes)) if metadata.row_group(i).num_rows]
+    groups = [list(members) for _, members in groupby(filled, key=lambda i: before[i])]
     return [(Part(file, tuple(members)), sum(sizes[i] for i in members)) for members in groups]
 
 
@@ -249,6 +250,12 @@ def _encoded(
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Int64, Int64]]:
     """Token ids and the character at which each token starts, [tokens] each, per text; without special tokens added."""
+    if not tokenizer.is_fast:
+        # Tokenizers written in Python know no offsets: tokens are taken to be equally long.
+        for text in texts:
+            plain = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
+            yield np.array(plain, dtype=np.int64), np.arange(len(plain)) * len(text) // max(len(plain), 1)
+        return
     blocks = [list(_blocks(text)) for text in texts]
     flat = [block for members in blocks for block in members]
     encoded = tokenizer(
