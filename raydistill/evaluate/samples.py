@@ -86,13 +86,15 @@ def continue_greedily(
 ) -> str:
     """At most `num_tokens` most probable tokens after `input_ids`, as text; stops at the end-of-text token."""
     ids = torch.tensor([list(input_ids)], device=model.device)
-    # The model's own generation_config may ask for sampling or penalties; comparisons need plain greedy decoding.
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=num_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
+    # The model's own settings fill what is not set here (sampling, penalties), so they have to step aside.
+    own, model.generation_config = model.generation_config, settings
     generate = cast("Callable[..., Tensor]", model.generate)
-    output = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    output = generate(ids, attention_mask=torch.ones_like(ids))
+    model.generation_config = own
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
