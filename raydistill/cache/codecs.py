@@ -128,6 +128,8 @@ class U8Codec(TopKCodec):
     def _decode_logp(self, parts: list[Plane], others: Fields) -> np.ndarray:
         kept = np.log(np.maximum(-np.expm1(others["log_tail"].astype(np.float32)), np.float32(1e-6)))
         logp = np.empty(parts[0].shape, np.float16)
+        if not logp.size:
+            return logp
         for start in range(0, len(logp), BLOCK):  # in blocks that stay in the processor's cache
             levels = _sums(parts[0][start : start + BLOCK]).astype(np.intp)
             exact = _LOGP.take(levels, mode="clip")

@@ -37,8 +37,11 @@ class Ledger:
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest, if the cache was ever finished; `CacheMismatch` when it is that of another configuration."""
-        if not self.store.exists(MANIFEST):
+        """The manifest, if the cache was ever finished and `verify` found nothing wrong with the manifest itself.
+
+        Raises `CacheMismatch` when it is that of another configuration.
+        """
+        if not self.store.exists(MANIFEST) or MANIFEST in self.damaged():
             return None
         manifest = Manifest.model_validate_json(self.store.read(MANIFEST))
         manifest.require(fingerprint=self.fingerprint, content=self.content, where=self.store.uri)
