@@ -8,6 +8,7 @@ micro-batches.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import math
@@ -118,7 +119,7 @@ class Engine:
         stage = phase.zero.stage
         if stage == 0 and phase.precision == "fp32":
             self._adam.register_step_pre_hook(self._clip)
-        with _quiet():
+        with _quiet(), _short_collections():
             self._engine, *_ = deepspeed.initialize(
                 model=self._module,
                 optimizer=self._adam,
@@ -254,8 +255,8 @@ def deepspeed_config(phase: PhaseConfig, optimizer: OptimizerConfig, device: tor
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    if stage > 0:
-        config["gradient_clipping"] = optimizer.clip_norm or 0.0
+    # DeepSpeed clips at 1 unless told otherwise. Stage 0 is clipped by torch (`Engine._clip`), which tells the norm.
+    config["gradient_clipping"] = (optimizer.clip_norm or 0.0) if stage > 0 else 0.0
     if phase.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -266,7 +267,7 @@ def ensure_process_group(device: torch.device) -> None:
     """Make a group of one rank where no launcher has made any."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
 
 
 def _offload(offload: OffloadConfig) -> dict[str, JsonValue]:
@@ -308,6 +309,14 @@ def _deepspeed(device: torch.device):  # type: ignore[no-untyped-def]
 def _quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+@contextlib.contextmanager
+def _short_collections() -> Iterator[None]:
+    """DeepSpeed's bf16 optimizer collects garbage several times while it is built; spare it all older objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def _counts(recipe: Recipe[Config], batch: Batch) -> dict[str, float]:

@@ -92,10 +92,11 @@ def require_room(resources: TrainResources) -> None:
     lacking = [k for k, amount in wanted.items() if amount > max(found.get(k, 0), grown.get(k, 0))]
     if not lacking:
         return
+    kind = f" of type {resources.accelerator}" if resources.accelerator else ""
     kinds = sorted(k.removeprefix("accelerator_type:") for k in found if k.startswith("accelerator_type:"))
     raise ConfigError(
         f"resources.train: wanted {workers} worker{'s' * (workers > 1)} with {resources.cpus:g} CPU and "
-        f"{resources.gpus:g} GPU each{f' of type {resources.accelerator}' if resources.accelerator else ''}, found a cluster of "
+        f"{resources.gpus:g} GPU each{kind}, found a cluster of "
         f"{found.get('CPU', 0):g} CPU and {found.get('GPU', 0):g} GPU ({', '.join(kinds) or 'no accelerators'}). "
         "Ask for less (resources.train.workers: 0 trains in the driver) or use a larger cluster."
     )
