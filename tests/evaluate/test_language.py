@@ -88,7 +88,9 @@ def test_chunks_of_tokens_and_batches_do_not_change_the_sums(tmp_path: Path) -> 
     _, rows = toy_held_out(tmp_path)
     student = bigram_model(Bigram.random(seed=5))
     whole = LanguageValidator(rows).sums(student)
-    assert LanguageValidator(replace(rows, chunk_tokens=3, batch_tokens=1)).sums(student) == pytest.approx(whole, rel=1e-6)
+    assert LanguageValidator(replace(rows, chunk_tokens=3, batch_tokens=1)).sums(student) == pytest.approx(
+        whole, rel=1e-6
+    )
 
 
 def test_the_student_is_left_in_the_mode_it_was_in(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def test_every_model_is_measured_on_the_same_rows_and_the_teacher_wins(tmp_path:
     )
     found = evaluate_run(job)
     metrics, comparison = found.metrics, found.metrics["comparison"]
-    assert [r for r in metrics if r.startswith(("teacher", "student"))] == ["teacher", "student_init", "student_ce", "student"]
+    measured = [role for role in metrics if role.startswith(("teacher", "student"))]
+    assert measured == ["teacher", "student_init", "student_ce", "student"]
     order = [comparison[f"{role}_quality"] for role in ("teacher", "student", "student_ce", "student_init")]
     assert order == sorted(order)
     assert 0 < comparison["baseline_gap_closed"] < comparison["gap_closed"] < 1

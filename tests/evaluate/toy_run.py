@@ -38,7 +38,9 @@ def _bigram(*, seed: int) -> dict[str, object]:
     return {**source, "arguments": {"seed": seed}}
 
 
-def toy_held_out(folder: Path, *, top_k: int = 8, teachers: dict[str, Bigram] | None = None) -> tuple[ToyCaches, HeldOut]:
+def toy_held_out(
+    folder: Path, *, top_k: int = 8, teachers: dict[str, Bigram] | None = None
+) -> tuple[ToyCaches, HeldOut]:
     """Toy caches and the held-out rows opened over them."""
     caches = write_toy_caches(folder, top_k=top_k, num_held_out=11, teachers=teachers)
     config = toy_config(folder)
