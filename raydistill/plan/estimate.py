@@ -18,6 +18,7 @@ from raydistill.train.parameters import parameter_groups
 
 USES = (1, 3, 10)
 """Uses of a cache at which its saving is shown."""
+ENOUGH = "For a plan, a folder that holds nothing but the model's config.json is enough."
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -195,7 +196,7 @@ def _teacher(
     try:
         model = empty_language_model(teacher.model)
     except RaydistillError as error:
-        missing.append(f"size and cost of teacher {teacher.name}: {error}")
+        missing.append(f"size and cost of teacher {teacher.name}: {error} {ENOUGH}")
         return TeacherPlan(
             name=teacher.name, source=teacher.model.source, parameters=None, active_parameters=None,
             weight_bytes=None, flops_per_token=None, flops=None, hours=None, cache=None,
@@ -221,7 +222,7 @@ def _student(config: RunConfig, missing: list[str]) -> Counts | None:
     try:
         return count(empty_student(config.student))
     except RaydistillError as error:
-        missing.append(f"size and cost of the student: {error}")
+        missing.append(f"size and cost of the student: {error} {ENOUGH}")
         return None
 
 
@@ -230,13 +231,12 @@ def _phase(
     rate: float, workers: int, read: float | None,
 ) -> PhasePlan:  # fmt: skip
     steps, tokens = phase.steps, None
-    if inputs is not None:
-        per_row = inputs.train_tokens / max(inputs.train_rows, 1)
-        if phase.steps is not None:
-            tokens = phase.steps * phase.batch.global_size * per_row
-        elif phase.epochs is not None:
-            tokens = phase.epochs * inputs.train_tokens
-            steps = math.ceil(phase.epochs * inputs.train_rows / phase.batch.global_size)
+    if phase.steps is not None:
+        per_row = inputs.train_tokens / max(inputs.train_rows, 1) if inputs else config.source.seq_len
+        tokens = phase.steps * phase.batch.global_size * per_row
+    elif inputs is not None and phase.epochs is not None:
+        tokens = phase.epochs * inputs.train_tokens
+        steps = math.ceil(phase.epochs * inputs.train_rows / phase.batch.global_size)
     per_token = speed = memory = trained = None
     if student is not None:
         counts = _trained(phase, config) if phase.trainable else student

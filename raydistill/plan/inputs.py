@@ -116,22 +116,19 @@ def _counted(manifest: Manifest) -> InputsPlan:
 
 
 def _estimated(config: RunConfig, missing: list[str]) -> InputsPlan | None:
-    source, plan = config.source, config.plan
-    if source.dataset is not None:
+    source = config.source
+    if source.dataset is None:
+        tokens, basis = _tokens_in_files(config)
+    elif source.max_rows is not None:
+        tokens, basis = source.max_rows * source.seq_len, f"if {source.dataset.id} fills source.max_rows rows"
+    else:
         missing.append(f"rows and tokens: the size of the data set {source.dataset.id} is known once it is read")
         return None
-    files = find_files(source.paths)
-    text = sum(_text_bytes(file, source, plan.compression) for file in files)
-    tokens = round(text / plan.bytes_per_token)
     rows = math.ceil(tokens / source.seq_len)
     if source.max_rows is not None and rows > source.max_rows:
-        rows = source.max_rows
-        tokens = rows * source.seq_len
+        rows, tokens, basis = source.max_rows, source.max_rows * source.seq_len, "the source has more than max_rows"
     kept = 1 - config.evaluate.held_out
     per_token = INPUT_BYTES * COMPRESSION["inputs"] + ROW_BYTES / source.seq_len
-    basis = f"estimated from {len(files)} files, {plan.bytes_per_token:g} bytes of text per token, full rows"
-    if any(file.compression for file in files):
-        basis += f", {plan.compression:g} bytes of text per compressed byte"
     return InputsPlan(
         rows=rows,
         tokens=tokens,
@@ -139,10 +136,21 @@ def _estimated(config: RunConfig, missing: list[str]) -> InputsPlan | None:
         train_rows=round(rows * kept),
         train_tokens=round(tokens * kept),
         cached=False,
-        basis=basis,
+        basis=f"estimated: {basis}; rows are taken to be full",
         bytes_per_token=per_token,
         total_bytes=round(tokens * per_token),
     )
+
+
+def _tokens_in_files(config: RunConfig) -> tuple[int, str]:
+    """Tokens in the files of the source by their size, and how they were estimated."""
+    source, plan = config.source, config.plan
+    files = find_files(source.paths)
+    text = sum(_text_bytes(file, source, plan.compression) for file in files)
+    basis = f"{len(files)} file{'s' if len(files) > 1 else ''}, {plan.bytes_per_token:g} bytes of text per token"
+    if any(file.compression for file in files):
+        basis += f", {plan.compression:g} bytes of text per compressed byte"
+    return round(text / plan.bytes_per_token), basis
 
 
 def _text_bytes(file: DataFile, source: TextSource, compression: float) -> float:

@@ -57,7 +57,10 @@ def _inputs(plan: Plan) -> Section:
 
 def _teacher(teacher: TeacherPlan, plan: Plan) -> Section:
     title = f"Teacher {teacher.name}"
-    lines = [("model", teacher.source), ("parameters", _parameters(teacher.parameters, teacher.active_parameters))]
+    lines = [
+        ("model", teacher.source.partition("#")[0]),
+        ("parameters", _parameters(teacher.parameters, teacher.active_parameters)),
+    ]
     lines.append(("weights", f"{_bytes(teacher.weight_bytes)} per actor{_too_big(teacher.weight_bytes, plan)}"))
     cache = teacher.cache
     if cache is not None and cache.cached:
