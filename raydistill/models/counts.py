@@ -21,7 +21,7 @@ from raydistill.models.load import empty_language_model
 from raydistill.models.shared_core import MATRICES, plain_experts, with_empty_cores
 
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+\.|wrapper\.|\w+$)")
-"""Parameters of routed experts: of a numbered one, stacked wrappers, stacked experts. Every token meets a shared core."""
+"""Parameters of routed experts: a numbered one's, stacked wrappers or experts. Every token meets a shared core."""
 
 
 @dataclass(frozen=True, slots=True)
