@@ -19,7 +19,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from raydistill.cache.build import build_inputs, build_signal, inputs_content, signal_content
+from raydistill.cache.build import build_inputs, build_signal
+from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.manifest import Manifest, fingerprint_of
 from raydistill.cache.read import open_manifest
 from raydistill.cache.verify import require_sound, verify
@@ -129,7 +130,7 @@ class Run:
         if not self.store.exists(f"{folder}/final/phase.json"):
             raise ConfigError(f"phase {phase.name!r} is not trained yet ({self.store.uri}/{folder}); run --stages train")
         if kind == "ema":
-            return f"{self.store.uri}/{folder}/final/ema"
+            return f"{self.store.uri}/{folder}/final/ema.safetensors"
         return f"{self.store.uri}/{folder}/{'best' if phase.checkpoint.best_metric else 'final'}"
 
 
