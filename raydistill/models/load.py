@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def load_language_model(model: ModelConfig, *, dtype: torch.dtype | None = None)
         )
     folder = _folder(model, wanted)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
-        raise DataError(f"{model.source}: wanted weights (*.safetensors), found only {_listing(folder)} in {folder}")
+        raise DataError(f"{model.source}: wanted weights (*.safetensors), found {_listing(folder)}")
     load = cast("Callable[..., tuple[PreTrainedModel, dict[str, set[str]]]]", AutoModelForCausalLM.from_pretrained)
     with _explained(model.source):
         loaded, info = load(
@@ -100,14 +101,14 @@ def language_config(model: ModelConfig) -> PreTrainedConfig:
 
 def empty_language_model(model: ModelConfig) -> PreTrainedModel:
     """The model without weights, on the meta device: names, shapes and parameter counts for nothing."""
-    with torch.device("meta"):
-        if isinstance(model, PythonModel):
+    if isinstance(model, PythonModel):
+        with torch.device("meta"):
             return _build(model)
-        config = language_config(model)
-        with _explained(model.source):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention, trust_remote_code=False
-            )
+    config = language_config(model)
+    with _explained(model.source), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention, trust_remote_code=False
+        )
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -120,7 +121,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     else:
         folder = place
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise DataError(f"{source}: wanted a tokenizer (tokenizer.json), found only {_listing(folder)} in {folder}")
+        raise DataError(f"{source}: wanted a tokenizer (tokenizer.json), found {_listing(folder)}")
     with _explained(source):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
@@ -196,9 +197,7 @@ def _folder(model: TransformersModel, weights: torch.dtype | None) -> Path:
     else:
         folder = place
     if not (folder / "config.json").exists():
-        raise DataError(
-            f"{model.source}: wanted a model (config.json, weights), found only {_listing(folder)} in {folder}"
-        )
+        raise DataError(f"{model.source}: wanted a model (config.json, weights), found {_listing(folder)}")
     return folder
 
 
@@ -209,8 +208,10 @@ def _gguf(source: str, path: Path) -> Path:
 
 
 def _listing(folder: Path) -> str:
+    """What a folder holds, for messages."""
     names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"only {', '.join(names[:8])}{more} in {folder}" if names else f"nothing in {folder}"
 
 
 def _overridden(config: PreTrainedConfig, overrides: Mapping[str, JsonValue], source: str) -> PreTrainedConfig:
@@ -255,6 +256,11 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError:
         raise
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{source} cannot be loaded: its .bin file holds more than tensors, and nothing else is ever unpickled. "
+            "Use weights in safetensors."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise DataError(f"{source} cannot be loaded: {lines[0]}") from error
