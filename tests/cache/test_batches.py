@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -19,7 +21,7 @@ def test_batches_partition_the_rows_in_order_and_keep_the_budget() -> None:
     assert [i for batch in batches for i in batch] == list(range(500))
     assert all(len(batch) * lengths[list(batch)].max() <= 128 for batch in batches)
     # greedy: the first row of the next batch would not have fitted
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         assert (len(batch) + 1) * max(lengths[following.start], lengths[list(batch)].max()) > 128
 
 
