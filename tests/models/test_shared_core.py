@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from raydistill.config.load import load_config
 from raydistill.config.models import StudentConfig
 from raydistill.errors import ConfigError
 from raydistill.models.shared_core import (
@@ -32,6 +34,7 @@ from raydistill.models.shared_core import (
 )
 from raydistill.models.student import build_student, export_student, load_student, save_student
 from raydistill.models.upcycle import mixtral_from_llama
+from raydistill.train.parameters import parameter_groups
 
 SHAPE = {
     "vocab_size": 97,
@@ -296,6 +299,19 @@ def test_experts_of_another_shape_are_named():
 def test_a_rank_beyond_the_matrices_is_refused():
     with pytest.raises(ConfigError, match=r"wanted 33, found expert matrices of rank 32 .* and 16 \(down\)"):
         share_core(mixture(), 33)
+
+
+@pytest.mark.parametrize("file", ["configs/lm_moe_two_stage.yaml", "configs/tiny/lm_moe_two_stage.yaml"])
+def test_every_rule_of_the_shipped_configuration_decides_something(file):
+    config = load_config([Path(__file__).parents[2] / file], [])
+    torch.manual_seed(0)
+    deep = Qwen3MoeConfig(**{**SHAPE, "num_hidden_layers": 12}, moe_intermediate_size=16, num_experts=4, head_dim=8)
+    student = share_core(AutoModelForCausalLM.from_config(deep), 2)
+    for phase in config.phases:
+        groups = parameter_groups(student, phase.trainable, phase.optimizer["student"], where=phase.name)
+        trained = {name for group in groups for name in group.names}
+        new = {n for n, _ in student.named_parameters() if "shared_core" in n or "wrapper" in n}
+        assert trained == new if phase.name == "experts" else trained > new
 
 
 # --- mixtures made from dense models ---
