@@ -16,7 +16,7 @@ from raydistill.plan import inputs as plan_inputs
 from raydistill.plan import plan, table
 from raydistill.plan.accelerators import ACCELERATORS
 from raydistill.plan.estimate import break_even, memory_of
-from raydistill.plan.inputs import raw_bytes_per_target
+from raydistill.plan.inputs import bytes_per_target
 from raydistill.run import main
 
 LLAMA: dict[str, JsonValue] = {
@@ -115,11 +115,17 @@ def teacher(**settings: JsonValue) -> TopKLogitsTeacher:
 
 def test_bytes_of_a_target_before_compression() -> None:
     scalars = 2 + 2 + 2  # log_tail, entropy, label_logp
-    assert raw_bytes_per_target(teacher(), 151_936) == 64 * (3 + 2) + 2 * 2 + scalars
-    assert raw_bytes_per_target(teacher(), 49_152) == 64 * (2 + 2) + 2 * 2 + scalars
-    assert raw_bytes_per_target(teacher(codec="u8", temperatures=[]), 49_152) == 64 * (2 + 1) + scalars
+    assert bytes_per_target(teacher(), 151_936)[0] == 64 * (3 + 2) + 2 * 2 + scalars
+    assert bytes_per_target(teacher(), 49_152)[0] == 64 * (2 + 2) + 2 * 2 + scalars
+    assert bytes_per_target(teacher(codec="u8", temperatures=[]), 49_152)[0] == 64 * (2 + 1) + scalars
     sampled = teacher(top_k=0, estimator={"kind": "head_tail_sample", "samples": 12}, temperatures=[2.0])
-    assert raw_bytes_per_target(sampled, 151_936) >= 12 * (3 + 1 + 2) + 2 + scalars
+    assert bytes_per_target(sampled, 151_936)[0] == 12 * (3 + 1 + 2) + 2 + scalars
+
+
+def test_bytes_to_expect_after_compression_shrink_with_the_codec_and_never_exceed_what_is_there() -> None:
+    exact, small = bytes_per_target(teacher(), 49_152), bytes_per_target(teacher(codec="u8"), 49_152)
+    assert small[1] < exact[1] < exact[0]
+    assert small[1] < small[0]
 
 
 PAIRS = [
