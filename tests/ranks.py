@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 T = TypeVar("T")
+HEAVY = (
+    "torch.distributed",
+    "transformers.models.llama.modeling_llama",
+    "toys",
+    "deepspeed",
+    "raydistill.train.engine",
+)
 
 
 def run_ranks(fn: Callable[..., T], world_size: int = 2, args: tuple = (), timeout: float = 120) -> list[T]:
@@ -24,7 +32,9 @@ def run_ranks(fn: Callable[..., T], world_size: int = 2, args: tuple = (), timeo
     ended and `RuntimeError` carries its traceback; a rank that takes longer than `timeout` seconds fails.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    # Imported once in the server and forked from there: importing them anew in every rank takes seconds. (The server
+    # finds `toys` through PYTHONPATH, which conftest.py sets.)
+    context.set_forkserver_preload([name for name in HEAVY if name in sys.modules])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,18 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from raydistill.cache.batches import InputRow
 from raydistill.cache.codecs import codec_for
@@ -38,6 +31,9 @@ from raydistill.cache.shards import (
 )
 from raydistill.signals import Field, JsonValue, Schema
 from raydistill.storage import Store
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and half of the tests need none of it
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 TOP_K_FIELDS: Schema = {
     "ids": Field(torch.int32, ("target", "k"), "most probable ids, by descending probability"),
@@ -116,6 +112,8 @@ def bigram_model(bigram: Bigram) -> LlamaForCausalLM:
     The embedding is the identity, so the hidden state is one-hot; RMSNorm (with eps 0) scales it by sqrt(V), which the
     head divides away. With V a power of 4 that is exact in every floating-point format.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     vocab_size = bigram.vocab_size
     root = 2 ** (vocab_size.bit_length() // 2)
     assert root * root == vocab_size, "the vocabulary size must be a power of 4"
@@ -148,6 +146,8 @@ def tiny_llama(
     vocab_size: int = 97, *, seed: int = 0, hidden: int = 32, layers: int = 2, tied: bool = True
 ) -> LlamaForCausalLM:
     """A random Llama in fp32 and eval mode; about 20,000 parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -167,6 +167,8 @@ def tiny_llama(
 
 def tiny_qwen3_moe(vocab_size: int = 97, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Qwen3MoeForCausalLM:
     """A random Qwen3-MoE (4 experts, 2 of them used per token) in fp32 and eval mode."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=vocab_size,
@@ -193,6 +195,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
     Characters outside this set become question marks, and so does the backtick.
     """
+    from transformers import PreTrainedTokenizerFast
+
     characters = ["\n", *(chr(c) for c in range(32, 127) if chr(c) != "`")]
     vocab = {token: i for i, token in enumerate(["<|begin|>", "<|end|>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
