@@ -62,7 +62,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         )
     if not tokenizer.is_fast:
         raise DataError(
-            f"{where} holds a conversation, but {type(tokenizer).__name__} cannot tell where a token stands in the text; "
+            f"{where} holds a conversation, but {type(tokenizer).__name__} does not say where a token stands; "
             "use a tokenizer with a tokenizer.json"
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ UNIT_BYTES = 32 << 20
 """Files and Parquet row groups are put together up to this size on disk."""
 ENCODE_CHARS = 1 << 20
 """Text that is tokenised at once; a longer document is tokenised in blocks that end after a line."""
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of characters, which JSON can spell and UTF-8 cannot; they become the replacement character."""
 
 Split = Literal["train", "held_out"]
 
@@ -153,7 +157,7 @@ def require_rows(num_rows: int, dropped: Counter[str], source: TextSource) -> No
 
 def split_of(content: str, held_out: float) -> Split:
     """The split of a document by the hash of its text, so that equal documents are never in both."""
-    draw = int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    draw = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
     return "held_out" if draw < held_out else "train"
 
 
@@ -205,10 +209,11 @@ def _texts(
                     raise DataError(f"{name}: the chat template does not accept this conversation: {error}") from error
                 except DataError as error:
                     raise DataError(f"{name}: {error}") from error
-                split = split_of(json.dumps(document.messages, sort_keys=True, ensure_ascii=False), held_out)
-                yield _Text(name, split, text, spans)
+                split = split_of(json.dumps(document.messages, sort_keys=True), held_out)
+                yield _Text(name, split, LONE_SURROGATE.sub("\ufffd", text), spans)
             elif document.text and not document.text.isspace():
-                yield _Text(name, split_of(document.text, held_out), document.text, None)
+                text = LONE_SURROGATE.sub("\ufffd", document.text)
+                yield _Text(name, split_of(text, held_out), text, None)
             else:
                 dropped["empty"] += 1
 
@@ -253,7 +258,9 @@ def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[
     if not tokenizer.is_fast:
         # Tokenizers written in Python know no offsets: tokens are taken to be equally long.
         for text in texts:
-            plain = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
+            plain = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+                "input_ids"
+            ]
             yield np.array(plain, dtype=np.int64), np.arange(len(plain)) * len(text) // max(len(plain), 1)
         return
     blocks = [list(_blocks(text)) for text in texts]
@@ -288,7 +295,7 @@ def _bytes_per_token(text: str, starts: Int64) -> Int64:
     """UTF-8 bytes from the start of each token to the start of the next; they sum to those of the text, [tokens]."""
     if not len(starts):
         return starts
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
     ends = np.concatenate([[0], np.cumsum(width)])
     places = np.maximum.accumulate(starts)

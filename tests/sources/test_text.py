@@ -227,3 +227,10 @@ def test_a_tokenizer_that_truncates_by_default_is_not_obeyed(tmp_path: Path) -> 
     tokenizer.backend_tokenizer.enable_padding(length=64)
     (row,) = all_rows(source(write_lines(tmp_path / "a.jsonl", ["abcdef"])), tokenizer)
     assert tokenizer.decode(row.input_ids) == "abcdef"
+
+
+def test_half_a_character_becomes_the_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a \\ud83d b"}\n{"text": "a \\ud83d\\ude00 b"}\n')
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(row.input_ids) for row in all_rows(source(path), tokenizer)] == ["a \ufffd b", "a 😀 b"]
