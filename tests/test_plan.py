@@ -119,7 +119,7 @@ def test_bytes_of_a_target_before_compression() -> None:
     assert bytes_per_target(teacher(), 49_152)[0] == 64 * (2 + 2) + 2 * 2 + scalars
     assert bytes_per_target(teacher(codec="u8", temperatures=[]), 49_152)[0] == 64 * (2 + 1) + scalars
     sampled = teacher(top_k=0, estimator={"kind": "head_tail_sample", "samples": 12}, temperatures=[2.0])
-    assert bytes_per_target(sampled, 151_936)[0] == 12 * (3 + 1 + 2) + 2 + scalars
+    assert bytes_per_target(sampled, 151_936)[0] == 12 * (3 + 4 + 2) + 2 + scalars
 
 
 def test_bytes_to_expect_after_compression_shrink_with_the_codec_and_never_exceed_what_is_there() -> None:

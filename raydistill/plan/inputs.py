@@ -30,9 +30,17 @@ ROW_BYTES = 64
 """Bytes per row of either cache for the row's id, hash and counts; an estimate."""
 INPUT_COMPRESSION = 0.45
 """Stored bytes per byte of an inputs cache before compression, measured on English books with 49,152 ids."""
-PLANE_COMPRESSION = {"ids.0": 1.0, "ids.1": 0.68, "ids.2": 0.2, "logp.1": 0.06}
+PLANE_COMPRESSION = {
+    "ids.0": 1.0,
+    "ids.1": 0.68,
+    "ids.2": 0.2,
+    "logp.1": 0.06,
+    "counts.1": 0.0,
+    "counts.2": 0.0,
+    "counts.3": 0.0,
+}
 """Stored bytes per byte of a signal's planes: measured on SmolLM2-135M, K = 64, English books, but for the third byte
-of ids beyond 65,536, which is an assumption."""
+of ids beyond 65,536, which is an assumption; counts are below 256."""
 LOGP_COMPRESSION = {"fp16": 0.44, "u8": 0.32}
 """The same of the plane `logp.0`, by codec."""
 OTHER_COMPRESSION = 0.75
@@ -201,7 +209,7 @@ def bytes_per_target(teacher: TeacherConfig, vocab_size: int) -> tuple[int, floa
     }
     if isinstance(teacher.estimator, HeadTailSample):
         drawn = (1, teacher.estimator.samples)
-        fields |= {"tail_ids": np.zeros(drawn, np.int32), "tail_counts": np.zeros(drawn, np.uint8)}
+        fields |= {"tail_ids": np.zeros(drawn, np.int32), "tail_counts": np.zeros(drawn, np.int32)}
         fields["tail_logp"] = np.zeros(drawn, np.float16)
     planes = codec_for(teacher.codec, vocab_size=vocab_size).encode(fields)
     ratios = {**PLANE_COMPRESSION, "logp.0": LOGP_COMPRESSION[teacher.codec]}
