@@ -193,7 +193,7 @@ def recompute_activations(student: nn.Module) -> None:
     transformers recomputes a layer only in training mode, which would turn drop-out on too; so only the layers
     themselves are put into that mode, not what is inside them.
     """
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    student.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     for module in student.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True

@@ -1,0 +1,153 @@
+"""Phases on Ray's workers: replaced when killed, refused when there is no room, errors as they were raised."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from phases import final, lines, logged, phase_job
+
+from raydistill.config.schema import TrainResources
+from raydistill.errors import ConfigError, TrainingDiverged
+from raydistill.train.launch import PhaseJob, require_room, train_phase
+
+
+@pytest.mark.parametrize(
+    ("resources", "wanted"),
+    [
+        ({"workers": 3, "cpus": 2}, "wanted 3 workers with 2 CPU and 0 GPU each, found a cluster of 4 CPU"),
+        ({"workers": (2, 8), "gpus": 1}, "wanted 2 workers with 1 CPU and 1 GPU each, found .* 0 GPU"),
+        ({"workers": 1, "accelerator": "H100"}, r"of type H100, found a cluster of 4 CPU and 0 GPU \(L4\)"),
+    ],
+)
+def test_more_than_the_cluster_has_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, object], wanted: str
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "accelerator_type:L4": 1.0})
+    monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
+    with pytest.raises(ConfigError, match=wanted):
+        require_room(TrainResources.model_validate(resources))
+
+
+def test_an_elastic_range_needs_room_for_its_fewest_only_and_a_cluster_may_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
+    require_room(TrainResources(workers=(2, 99)))
+    monkeypatch.setattr(
+        ray._private.state.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64, "GPU": 8}
+    )
+    require_room(TrainResources(workers=8, cpus=2, gpus=1))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=True)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launch")
+
+
+def on_workers(folder: Path, name: str, workers: object = 2, *, max_failures: int = 3, **settings: object) -> PhaseJob:
+    phase = {"steps": 60, "checkpoint": {"every_steps": 10}, **settings.pop("phase", {})}  # type: ignore[dict-item]
+    resources = {"workers": workers, "max_failures": max_failures}
+    return phase_job(folder, name=name, phase=phase, resources={"train": resources}, **settings)  # type: ignore[arg-type]
+
+
+def train_worker_processes() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(p.cmdline()[:1])]
+
+
+def kill_a_worker_after(job: PhaseJob, step: int) -> threading.Thread:
+    """kill -9 of one training worker once the checkpoint of `step` is there."""
+    marker = Path(job.run, job.folder, f"checkpoints/step-{step:08}.json")
+
+    def watch() -> None:
+        while not marker.exists():
+            time.sleep(0.005)
+        os.kill(train_worker_processes()[-1].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_to_the_bit(folder: Path) -> None:
+    whole = on_workers(folder, "whole", phase={"zero": {"stage": 2}})
+    train_phase(whole)
+    job = on_workers(folder, "killed", phase={"zero": {"stage": 2}})
+    thread = kill_a_worker_after(job, 20)
+    result = train_phase(job)
+    assert not thread.is_alive()
+    assert result.steps == 60
+    a, b = final(whole), final(job)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert logged(job) == logged(whole)
+    alone = on_workers(folder, "driver", workers=0)
+    train_phase(alone)
+    c = final(alone)
+    assert max(float((a[n] - c[n]).abs().max()) for n in a) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_phase_continues_on_another_number_of_workers(folder: Path) -> None:
+    from ray.train import WorkerGroupError
+
+    job = on_workers(folder, "fewer", phase={"zero": {"stage": 3}}, max_failures=0)
+    kill_a_worker_after(job, 10)
+    with pytest.raises(WorkerGroupError):
+        train_phase(job)
+    alone = on_workers(folder, "fewer", workers=0, phase={"zero": {"stage": 3}})
+    train_phase(alone)
+    whole = on_workers(folder, "one-go", workers=0)
+    train_phase(whole)
+    assert [s for s, _, _ in logged(alone)] == list(range(1, 61))
+    assert [x for _, x, _ in logged(alone)] == pytest.approx([x for _, x, _ in logged(whole)], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_an_error_of_a_worker_arrives_as_itself_and_is_not_retried(folder: Path) -> None:
+    optimizer = {"student": {"lr": 10.0, "warmup_steps": 60, "clip_norm": None}}
+    job = on_workers(folder, "diverged", phase={"explode_factor": 1.2, "optimizer": optimizer})
+    with pytest.raises(TrainingDiverged, match="exploded to"):
+        train_phase(job)
+    assert len(list(Path(job.run, job.folder, "ray_train").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_weights_are_evaluated_beside_the_training_and_the_best_are_kept(folder: Path) -> None:
+    settings = {"every_steps": 20, "best_metric": "loss", "best_mode": "min"}
+    evaluate = {"every_steps": 20, "asynchronous": True}
+    job = on_workers(folder, "beside", workers=(1, 2), phase={"checkpoint": settings}, evaluate=evaluate)
+    train_phase(job)
+    inside = on_workers(folder, "inside", workers=0, phase={"checkpoint": settings}, evaluate={"every_steps": 20})
+    train_phase(inside)
+    measured = {x["step"]: x["evaluation"]["loss"] for x in lines(job) if "evaluation" in x}
+    expected = {x["step"]: x["evaluation"]["loss"] for x in lines(inside) if "evaluation" in x}
+    assert measured == pytest.approx(expected, rel=1e-4)
+    a, b = final(job), final(inside)
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-4
+    assert not any(Path(job.run, job.folder, "candidates").iterdir())
