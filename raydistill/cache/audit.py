@@ -11,6 +11,7 @@ from torch import nn
 
 from raydistill.cache.batches import InputRow, collate
 from raydistill.cache.capture import capture
+from raydistill.cache.codecs import Codec, Fields
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.shards import SignalShard, read_signal
 from raydistill.config.recipes import LmLogitsRecipe
@@ -55,20 +56,27 @@ class Audit:
         )
 
 
-def audit_rows(teacher: Teacher, rows: Sequence[InputRow], stored: Sequence[Mapping[str, np.ndarray]]) -> Audit:
-    """Run `teacher` on each row by itself and compare with the stored fields of the row, [targets, ...]."""
+def audit_rows(
+    teacher: Teacher, rows: Sequence[InputRow], stored: Sequence[Mapping[str, np.ndarray]], codec: Codec
+) -> Audit:
+    """Run `teacher` on each row by itself and compare with the stored fields of the row, [targets, ...].
+
+    What the teacher says passes through the cache's codec first, so that the codec's own error does not count. Where no
+    ids are kept (`head_tail_sample` with `top_k: 0`), the log-probabilities of the labels are compared.
+    """
     positions = same_top = shared = entries = 0
     differences = [np.zeros(0, np.float32)]
     for row, old in zip(rows, stored, strict=True):
-        new = capture(teacher, [row], batch_tokens=1, where=f"audit of row {row.row_id}").fields
-        found, delta = _matched(old["ids"], old["logp"], new["ids"], new["logp"])
+        new = _recoded(capture(teacher, [row], batch_tokens=1, where=f"audit of row {row.row_id}").fields, codec)
         positions += len(old["ids"])
-        if old["ids"].shape[1]:
-            # Ids whose stored probabilities are equal have no order: the top id may be any of them.
-            tied = old["logp"] == old["logp"][:, :1]
-            same_top += int((tied & (old["ids"] == new["ids"][:, :1])).any(axis=1).sum())
-        else:
+        if old["ids"].shape[1] == 0:
             same_top += len(old["ids"])
+            differences.append(np.abs(old["label_logp"].astype(np.float32) - new["label_logp"].astype(np.float32)))
+            continue
+        found, delta = _matched(old["ids"], old["logp"], new["ids"], new["logp"])
+        # Ids whose stored probabilities are equal have no order: the top id may be any of them.
+        tied = old["logp"] == old["logp"][:, :1]
+        same_top += int((tied & (old["ids"] == new["ids"][:, :1])).any(axis=1).sum())
         shared += found
         entries += old["ids"].size
         differences.append(delta)
@@ -82,6 +90,12 @@ def audit_rows(teacher: Teacher, rows: Sequence[InputRow], stored: Sequence[Mapp
     )
 
 
+def _recoded(fields: Fields, codec: Codec) -> dict[str, np.ndarray]:
+    dtypes = {name: values.dtype for name, values in fields.items()}
+    sizes = {name: values.shape[1:] for name, values in fields.items()}
+    return codec.decode(codec.encode(fields), dtypes, sizes)
+
+
 def _matched(
     old_ids: np.ndarray, old_logp: np.ndarray, new_ids: np.ndarray, new_logp: np.ndarray
 ) -> tuple[int, np.ndarray]:
@@ -93,11 +107,13 @@ def _matched(
     return len(old_at), np.abs(delta)
 
 
-def audit_shard(teacher: Teacher, store: Store, name: str, inputs: Sequence[InputRow], *, num_rows: int) -> Audit:
+def audit_shard(
+    teacher: Teacher, store: Store, name: str, inputs: Sequence[InputRow], *, num_rows: int, codec: Codec
+) -> Audit:
     """Audit `num_rows` rows of the shard `name` in `store`, evenly spread."""
     shard = read_signal(store, name)
     chosen = sorted({i * len(inputs) // num_rows for i in range(num_rows)})
-    return audit_rows(teacher, [inputs[i] for i in chosen], [shard.row(i) for i in chosen])
+    return audit_rows(teacher, [inputs[i] for i in chosen], [shard.row(i) for i in chosen], codec)
 
 
 def self_divergence(

@@ -296,7 +296,9 @@ class _TeacherWorker:
         audit: JsonValue = None
         if job.expected.get(name, record.sha256) != record.sha256:
             with self._computing:
-                result = audit_shard(self._teacher, self._store, name, inputs, num_rows=max(1, job.audit_rows))
+                result = audit_shard(
+                    self._teacher, self._store, name, inputs, num_rows=max(1, job.audit_rows), codec=self._codec
+                )
             if wrong := result.wrong(job.audit_tolerance):
                 raise VerificationFailed(
                     f"{self._store.uri}/{name} was rebuilt with another hash, and the audit fails: {wrong}. "

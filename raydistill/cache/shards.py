@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -304,7 +305,9 @@ def publish_record(store: Store, record: ShardRecord) -> None:
 def read_records(store: Store) -> dict[str, ShardRecord]:
     """The records of the shards that are done, by shard name."""
     folder = store / RECORDS
-    records = [ShardRecord.model_validate_json(folder.read(name)) for name in folder.names() if name.endswith(".json")]
+    with ThreadPoolExecutor(16) as pool:  # on an object store each read is a request
+        texts = pool.map(folder.read, [name for name in folder.names() if name.endswith(".json")])
+        records = [ShardRecord.model_validate_json(text) for text in texts]
     return {record.name: record for record in records}
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from raydistill.cache.audit import audit_rows, self_divergence
 from raydistill.cache.checks import duplicate_ids, file_fault, inputs_fault, manifest_faults, signal_fault
+from raydistill.cache.codecs import codec_for
 from raydistill.cache.ledger import MANIFEST, write_damaged
 from raydistill.cache.manifest import Manifest, ShardRecord
 from raydistill.cache.shards import read_inputs, read_records, read_signal
@@ -155,7 +156,9 @@ def audit_signal(
     sample = sample_rows(sound, config.cache.audit_rows, manifest.fingerprint)
     if not sample:
         return []
-    view, model = (load or load_teacher)(teacher, int(str(manifest.facts["vocab_size"])))
+    vocab_size = int(str(manifest.facts["vocab_size"]))
+    codec = codec_for(str(manifest.facts["codec"]), vocab_size=vocab_size)
+    view, model = (load or load_teacher)(teacher, vocab_size)
     damages = []
     tolerance = config.cache.audit_tolerance
     exact = manifest.facts.get("estimator") == "top_k"  # a sampled tail has noise, whose divergence is not zero
@@ -163,7 +166,7 @@ def audit_signal(
     agreements, differences, divergences = [], [], [0.0]
     for name, chosen in sample.items():
         rows, stored = read_inputs(inputs, name), read_signal(store, name)
-        audit = audit_rows(view, [rows[i] for i in chosen], [stored.row(i) for i in chosen])
+        audit = audit_rows(view, [rows[i] for i in chosen], [stored.row(i) for i in chosen], codec)
         fault = audit.wrong(tolerance)
         for recipe in recipes:
             for i in chosen:

@@ -24,6 +24,7 @@ from raydistill.cache.shards import (
     write_signal,
 )
 from raydistill.cache.verify import Damage, require_sound, sample_rows, verify
+from raydistill.config.schema import RunConfig
 from raydistill.errors import VerificationFailed
 from raydistill.storage import Store
 
@@ -227,3 +228,18 @@ def test_the_sample_is_spread_and_repeatable(built: Built) -> None:
     assert sorted(sample) == sorted(record.name for record in records)
     assert sample == sample_rows(records, len(records), "00ff")
     assert sample_rows(records, 0, "00ff") == {}
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        {"codec": "u8"},
+        {"estimator": {"kind": "head_tail_sample", "samples": 4}},
+        {"estimator": {"kind": "head_tail_sample", "samples": 4}, "top_k": 0, "codec": "u8"},
+    ],
+    ids=["u8", "sampled tail", "no head"],
+)
+def test_every_kind_of_signal_is_built_sound(
+    make_config: Callable[..., RunConfig], in_process: InProcess, teacher: dict[str, object]
+) -> None:
+    assert check(build_all(make_config(teacher=teacher))) == []
