@@ -14,6 +14,7 @@ from raydistill.run import main
 ROOT = Path(__file__).parents[1]
 RUNS = [p for p in sorted(ROOT.glob("configs/**/*.yaml")) if "size" not in p.relative_to(ROOT).parts]
 PARTS = sorted(ROOT.glob("configs/size/*.yaml"))
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
 
 
 def name(path: Path) -> str:
@@ -27,4 +28,4 @@ def test_it_passes_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("path", [*RUNS, *PARTS], ids=name)
 def test_the_editors_schema_accepts_it(path: Path) -> None:
-    jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
+    VALIDATOR.validate(yaml.safe_load(path.read_text()))
