@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -207,15 +209,22 @@ def share_core(model: PreTrainedModel, rank: int, *, dtype: torch.dtype = torch.
     A matrix whose full rank is below `rank` gets its full rank and is then reproduced exactly.
     """
     layers = plain_experts(model)
-    with Progress("shared core", total=len(layers), unit="layers") as progress:
+    num_threads = torch.get_num_threads()
+    # One thread per matrix: many times faster than many threads in one matrix after another, and the result does not
+    # depend on their number. MKL's own setting is shared by all threads, so it is put back at the end.
+    with (
+        Progress("shared core", total=len(layers), unit="layers") as progress,
+        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         for name, experts in layers.items():
-            model.set_submodule(name, _compressed(experts, rank, dtype))
+            model.set_submodule(name, _compressed(experts, rank, dtype, pool))
             progress.advance(1)
+    torch.set_num_threads(num_threads)
     return model
 
 
 @torch.no_grad()
-def _compressed(experts: nn.Module, rank: int, dtype: torch.dtype) -> SharedCoreExperts:
+def _compressed(experts: nn.Module, rank: int, dtype: torch.dtype, pool: Executor) -> SharedCoreExperts:
     stacks: dict[str, Tensor] = {name: getattr(experts, name).detach() for name in MATRICES}
     full = {name: min(stack.shape[1:]) for name, stack in stacks.items()}
     if rank > max(full.values()):
@@ -232,11 +241,15 @@ def _compressed(experts: nn.Module, rank: int, dtype: torch.dtype) -> SharedCore
             continue
         root_mean_square_sigma = float(core.double().norm()) / full[name] ** 0.5
         floor = 1e-3 * (root_mean_square_sigma or 1.0)
-        for number, matrix in enumerate(stack):
-            reduce, expand = factorise(matrix.double() - core.double(), wrapper.reduce.shape[1], floor)
+        work = partial(_factors, core=core, rank=wrapper.reduce.shape[1], floor=floor)
+        for number, (reduce, expand) in enumerate(pool.map(work, stack)):
             wrapper.reduce[number].copy_(reduce)
             wrapper.expand[number].copy_(expand)
     return module
+
+
+def _factors(matrix: Tensor, core: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor]:
+    return factorise(matrix.double() - core.double(), rank, floor)
 
 
 def _empty(experts: nn.Module, ranks: Ranks, dtype: torch.dtype) -> SharedCoreExperts:

@@ -177,6 +177,20 @@ def test_equal_experts_leave_wrappers_that_are_zero_but_can_learn():
         assert moved > 1e-6
 
 
+def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was():
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(share_core(mixture(), 3).state_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
 def test_names_separate_cores_wrappers_and_the_rest():
     student = share_core(mixture(), 3)
     names = [name for name, _ in student.named_parameters()]
@@ -218,7 +232,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_export_computes_the_same_in_a_process_without_raydistill(kind, tmp_path):
+def test_the_export_computes_the_same_as_a_plain_model_of_transformers(kind, tmp_path):
     student = share_core(mixture(kind), 3)
     before = {n: t.clone() for n, t in student.state_dict().items()}
     export_student(student, tmp_path, dtype=torch.float32)
@@ -235,6 +249,7 @@ def test_the_export_computes_the_same_in_a_process_without_raydistill(kind, tmp_
         assert torch.equal(plain.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_the_export_needs_no_raydistill(tmp_path):
     student = share_core(mixture(), 3)
     export_student(student, tmp_path, dtype=torch.bfloat16)
