@@ -33,6 +33,7 @@ from raydistill.errors import ConfigError
 from raydistill.evaluate.comparison import ROLES
 from raydistill.evaluate.stage import EvaluateJob, check_evaluation, evaluate_run
 from raydistill.export import export_run
+from raydistill.models.agreement import check_vocabularies
 from raydistill.models.student import build_student, save_student
 from raydistill.report import write_report
 from raydistill.storage import Store
@@ -143,6 +144,8 @@ def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
         this = Run(_with_exports(config))
         this.claim()
         check_evaluation(this.config)
+        if stages is None or {"inputs", "signals", "init"} & {*stages}:
+            check_vocabularies(this.config)
         for stage in STAGES:
             if stages is None or stage in stages:
                 start = time.monotonic()

@@ -1,0 +1,36 @@
+"""Teachers and student must speak the ids of the one tokenizer that wrote the inputs; said before anything is run."""
+
+from __future__ import annotations
+
+from raydistill.config.models import ModelConfig, TransformersModel
+from raydistill.config.schema import RunConfig
+from raydistill.errors import ConfigError, DataError
+from raydistill.models.load import effective_vocab_size, language_config, load_tokenizer, require_same_vocabulary
+
+
+def check_vocabularies(config: RunConfig) -> None:
+    """Raise `ConfigError` for a model with fewer ids than the tokenizer, `DataError` for one with other tokens."""
+    models: dict[str, ModelConfig] = {f"teachers.{i}.model": t.model for i, t in enumerate(config.teachers)}
+    models["student.model"] = config.student.model
+    tokenizer = load_tokenizer(config.source.tokenizer)
+    num_ids = effective_vocab_size(tokenizer)
+    seen: list[ModelConfig] = []
+    for key, model in models.items():
+        # Models of the user's own function have no tokenizer, and building them may be dear; their heads are checked later.
+        if not isinstance(model, TransformersModel) or model in seen:
+            continue
+        seen.append(model)
+        rows = int(language_config(model).get_text_config().vocab_size)
+        if rows < num_ids:
+            raise ConfigError(
+                f"{key} ({model.source}) knows {rows:,} ids, source.tokenizer ({config.source.tokenizer}) has {num_ids:,}. "
+                "Teachers, student and source need one tokenizer: name that of the teacher, and a student with room for it."
+            )
+        if model.source == config.source.tokenizer:
+            continue
+        try:
+            own = load_tokenizer(model.source, model.revision)
+        except DataError:
+            print(f"{key} ({model.source}) has no tokenizer of its own; taking source.tokenizer for it", flush=True)
+            continue
+        require_same_vocabulary(tokenizer, own, names=("source.tokenizer", key))
