@@ -57,7 +57,7 @@ class Evaluation:
 def check_evaluation(config: RunConfig) -> None:
     """Raise the errors that this stage would end with, before anything is trained: missing packages and files."""
     if config.evaluate.lm_eval_tasks:
-        require_harness()
+        require_harness(config.evaluate.lm_eval_tasks)
     _benchmarks(config)
 
 

@@ -99,7 +99,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     digits = (1, 2, 5) if span < 2.5 else (1,)
     ticks = [m * 10.0**d for d in decades for m in digits if low * (1 - 1e-9) <= m * 10.0**d <= high * (1 + 1e-9)]
     ticks = ticks[:: math.ceil(len(ticks) / 7)] if len(ticks) > 7 else ticks
-    return ticks if len(ticks) >= 2 else [t for t in linear_ticks(low, high, 4) if t > 0]
+    return ticks if len(ticks) >= 3 else [t for t in linear_ticks(low, high, 4) if t > 0]
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

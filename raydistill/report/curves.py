@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from raydistill.report.charts import NARROW, WIDE, Format, Point, Series, line_chart, needs_log, number, percent
-from raydistill.report.words import METRICS, PARTS, as_number, said
+from raydistill.report.words import METRICS, PARTS, Metric, as_number, said
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -88,15 +88,15 @@ def loss_figures(log: Log, baseline: Log) -> list[Figure]:
     width = NARROW if in_thirds(1 + len(names)) else WIDE
     figures = [_pair("Loss", "what is optimised", log, baseline, _loss, overlay=False, width=width)]
     for name in names:
-        title, note = _part(name)
-        figures.append(_pair(title, note, log, baseline, _of("parts", name), width=width))
+        metric = _part(name)
+        figures.append(_pair(metric.title, metric.meaning, log, baseline, _of("parts", name), metric.unit, width=width))
     return [f for f in figures if f.chart]
 
 
-def _part(name: str) -> tuple[str, str]:
-    first, _, rest = name.partition("/")
-    title, note = PARTS.get(first, (_words(first), "part of the loss"))
-    return (f"{title} · {rest}" if rest else title), note
+def _part(name: str) -> Metric:
+    first, _, teacher = name.partition("/")
+    known = PARTS.get(first, Metric(first, _words(first), "part of the loss"))
+    return replace(known, title=f"{known.title} · {teacher}") if teacher else known
 
 
 def in_thirds(count: int) -> bool:
@@ -115,11 +115,9 @@ def held_out_figures(log: Log, baseline: Log) -> list[Figure]:
     for name in log.keys("evaluation"):
         if name == "loss":  # perplexity says it
             continue
-        metric = known.get(name)
-        unit = metric.unit if metric else ""
-        title, note = (metric.title, metric.meaning) if metric else (_words(name), "on held-out rows")
-        value, say = _of("evaluation", name), partial(said, unit=unit)
-        figures.append(_pair(title, note, log, baseline, value, width=NARROW, y_format=say))
+        metric = known.get(name, Metric(name, _words(name), "on held-out rows"))
+        value = _of("evaluation", name)
+        figures.append(_pair(metric.title, metric.meaning, log, baseline, value, metric.unit, width=NARROW))
     return [f for f in figures if f.chart]
 
 
@@ -176,21 +174,22 @@ def _pair(
     log: Log,
     baseline: Log,
     value: Callable[[JsonLine], JsonValue],
+    unit: str = "",
     *,
     overlay: bool = True,
     width: float = WIDE,
-    y_format: Format = number,
 ) -> Figure:
+    """The distilled student's curve with the baseline's, on both kinds of axis (a share only on a linear one)."""
     series = [Series(DISTILLED, log.points(value), "student")]
     if overlay and (points := baseline.points(value)):
         series.append(Series(BASELINE, points, "student_ce", dashed=True))
     chart, log_chart = (
-        line_chart(series, label=title, width=width, log=is_log, marks=_marks(log), y_format=y_format)
+        line_chart(series, label=title, width=width, log=is_log, marks=_marks(log), y_format=partial(said, unit=unit))
         for is_log in (False, True)
     )
-    if any(y <= 0 for s in series for _, y in s.points):
+    if unit == "share" or any(y <= 0 for s in series for _, y in s.points):
         log_chart = ""
-    if needs_log(series):  # the logarithmic chart is the better first view
+    elif needs_log(series):  # the logarithmic chart is the better first view
         chart, log_chart = log_chart, chart
         note += ", logarithmic axis"
     return Figure(title, note, chart, log_chart, _legend(series))

@@ -235,11 +235,8 @@ def _signal(name: str, stats: Json) -> Signal:
     if mass := section(stats.get("mass_in_k")):
         edges, shares = _numbers(mass.get("edges")), _numbers(mass.get("shares"))
         names = [_upto(low, high) for low, high in pairwise(edges)]
-        mean = f"mean {percent(as_number(mass.get('mean')) or 0)}"
-        chart = histogram(edges, shares, label="Mass inside K", tone="c0", names=names)
-        figures.append(
-            Figure("Mass inside K", f"share of targets by the probability held by the kept ids, in %; {mean}", chart)
-        )
+        note = f"share of targets by the probability of the kept ids; mean {percent(as_number(mass.get('mean')) or 0)}"
+        figures.append(Figure("Mass inside K", note, histogram(edges, shares, label=note, tone="c0", names=names)))
     for key, title, note, tone in (
         ("entropy", "Entropy", "of the teacher's distribution, in nats", "c1"),
         ("confidence", "Confidence", "probability of the teacher's most probable token", "c2"),
@@ -262,7 +259,7 @@ def _numbers(values: JsonValue) -> list[float]:
 
 
 def _upto(low: float, high: float) -> str:
-    return f"≤{100 * high:g}" if low == 0 else f"–{100 * high:g}"
+    return f"≤{100 * high:g}%" if low == 0 else f"–{100 * high:g}"
 
 
 def stages(found: Json) -> Stages | None:

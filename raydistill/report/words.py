@@ -44,13 +44,16 @@ METRICS = (
     Metric("tokens_per_second", "Tokens per second", "forward pass and output head, same rows and machine"),
 )
 PARTS = {
-    "ce": ("Cross-entropy", "of the true tokens, nats"),
-    "kd": ("Divergence from the teacher", "as optimised"),
-    "accuracy": ("Next-token accuracy", "most probable token is the true one"),
-    "agreement": ("Agreement", "most probable token is the teacher's"),
-    "router_aux": ("Router balance", "load-balancing loss of the experts"),
+    metric.name: metric
+    for metric in (
+        Metric("ce", "Cross-entropy", "of the true tokens, in nats"),
+        Metric("kd", "Divergence from the teacher", "on the cached classes, in nats"),
+        Metric("accuracy", "Next-token accuracy", "most probable token is the true one", "share"),
+        Metric("agreement", "Agreement", "most probable token is the teacher's", "share"),
+        Metric("router_aux", "Router balance", "load-balancing loss of the experts"),
+    )
 }
-"""Title and meaning of parts of a loss, by the name before the slash."""
+"""What is known of the parts of a loss, by the name before the slash."""
 IN_TABLE_ELSEWHERE = {"loss", "benchmarks", "lm_eval", "capture_tokens_per_second"}
 """Entries of a model's line that the table leaves to other places."""
 
