@@ -108,9 +108,17 @@ def head_loss(
 def logits_in_chunks(
     head: Head, hidden: Float[Tensor, "tokens hidden"], *, chunk_tokens: int = 1024
 ) -> Iterator[tuple[slice, Float[Tensor, "chunk vocab"]]]:
-    """(rows, their logits in fp32) for one chunk after the other."""
+    """(rows, their logits in fp32, without gradient) for one chunk after the other; each overwrites the one before."""
+    hidden = hidden.detach()
+    weight, bias = (None if x is None else x.detach() for x in _used_rows(head, hidden.dtype))
+    assert weight is not None
+    space = _Workspace(hidden, min(chunk_tokens, hidden.shape[0]), head.vocab_size)
     for rows in _chunks(hidden.shape[0], chunk_tokens):
-        yield rows, head.logits(hidden[rows])
+        z = _shifted(space.product(hidden[rows], weight.t()), bias, head.scale)
+        yield rows, _capped(space.widened(z), head.softcap)
+
+
+_BLOCK_ROWS = 8192
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
@@ -168,12 +176,15 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants[0] else None
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants[1] else None
         d_bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if bias is not None and wants[2] else None
+        space = _Workspace(hidden, min(chunk_tokens, hidden.shape[0]), head.vocab_size)
         parts = torch.zeros(2 + 2 * len(targets), dtype=torch.float64, device=hidden.device)
         for chunk in _chunks(hidden.shape[0], chunk_tokens):
             x = hidden[chunk]
             short = [t.rows(chunk, dtype) for t in targets]
-            z = _shifted(_product(x, rows.t()), used_bias, head.scale)
-            sums, g = _softmax_gradient(z, labels[chunk], short, objective, head, x.dtype, any(wants))
+            z = _shifted(space.product(x, rows.t()), used_bias, head.scale)
+            sums, g = _softmax_gradient(
+                z, labels[chunk], short, objective, head, space, x.dtype if any(wants) else None
+            )
             parts += sums
             if g is None:
                 continue
@@ -200,12 +211,35 @@ class _HeadLoss(torch.autograd.Function):
         return *scaled, None, None, None, None, None, None
 
 
+class _Workspace:
+    """Memory for one chunk at a time. Reusing it spares a CPU the page faults of fresh memory, which cost as much as
+    the arithmetic; so does converting before computing, since its mixed-precision kernels are slow."""
+
+    def __init__(self, hidden: Tensor, tokens: int, vocab_size: int):
+        self.dtype = _accumulator(hidden.dtype)
+        self._own_product = not (hidden.is_cuda and hidden.dtype != self.dtype)
+        self._narrow = hidden.new_empty((tokens, vocab_size) if self._own_product else (0,))
+        wide = self._own_product and hidden.dtype != self.dtype
+        self._wide = hidden.new_empty((tokens, vocab_size) if wide else (0,), dtype=self.dtype)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a @ b`: half-precision inputs give fp32 on CUDA and their own format on a CPU."""
+        return torch.mm(a, b, out=self._narrow[: len(a)]) if self._own_product else _product(a, b)
+
+    def widened(self, z: Tensor) -> Tensor:
+        """`z` in fp32: itself if it is, else a copy in the one place kept for it."""
+        return z if z.dtype == self.dtype else self._wide[: len(z)].copy_(z)
+
+
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b` with `total` in fp32."""
+    """`total += a @ b` with `total` in fp32; on a CPU in blocks, whose conversion to fp32 then stays in its cache."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total.add_(_product(a, b))
+        return
+    block = len(total) if total.is_cuda else _BLOCK_ROWS
+    for start in range(0, len(total), block):
+        rows = slice(start, start + block)
+        total[rows].add_(_product(a[rows], b).to(total.dtype))
 
 
 def _softmax_gradient(
@@ -214,16 +248,17 @@ def _softmax_gradient(
     targets: Sequence[SparseTarget],
     objective: Objective,
     head: Head,
-    out_dtype: torch.dtype,
-    with_gradient: bool,
+    space: _Workspace,
+    out_dtype: torch.dtype | None,
 ) -> tuple[Float[Tensor, " parts"], Float[Tensor, "chunk vocab"] | None]:
-    """Sums [ce, correct, kd per teacher, agreement per teacher] and the gradient with respect to `h Wᵀ + b`.
+    """Sums [ce, correct, kd per teacher, agreement per teacher] and the gradient with respect to `h Wᵀ + b`
+    in `out_dtype` (None: no gradient).
 
     `z` (before the soft cap) is overwritten, so that a chunk costs little more than its logits in fp32.
     """
     alpha, temperature = objective.alpha, objective.temperature
-    dtype = _accumulator(z.dtype)
-    z = _capped(z, head.softcap)
+    dtype = space.dtype
+    product, z = z, _capped(z, head.softcap)
     top, best = z.max(-1, keepdim=True)
     label = labels[:, None]
     top = top.to(dtype)
@@ -232,10 +267,10 @@ def _softmax_gradient(
     z_spots = [z.gather(-1, s).to(dtype) - top for s in spots]
 
     # e = exp(z) serves the cross-entropy and the coarse divergences; `base` is what the divergences weigh the tail by.
-    slope = None if head.softcap is None or not with_gradient else (z / head.softcap).square_().neg_().add_(1)
+    slope = None if head.softcap is None or out_dtype is None else (z / head.softcap).square_().neg_().add_(1)
     hot = objective.exact and bool(targets)
-    hot_e = torch.sub(z, top).div_(temperature).exp_() if hot else None
-    e = (z.sub_(top) if z.dtype == dtype else torch.sub(z, top)).exp_()
+    hot_e = z.to(dtype, copy=True).sub_(top).div_(temperature).exp_() if hot else None
+    e = space.widened(z).sub_(top).exp_()
     base = e if hot_e is None else hot_e
 
     union = torch.cat([*spots, label], -1)
@@ -268,7 +303,7 @@ def _softmax_gradient(
         sums.append(temperature**2 * value.sum())
     sums += [(best == t.ids[:, :1]).sum() if t.ids.shape[-1] else best.new_zeros(()) for t in targets]
     statistics = torch.stack([s.to(torch.float64) for s in sums])
-    if not with_gradient:
+    if out_dtype is None:
         return statistics, None
 
     # The few special ids are put together in fp32 inside `base` and written into the rounded gradient at the end.
@@ -279,14 +314,14 @@ def _softmax_gradient(
         base.scatter_add_(-1, spot, spike)
     base.scatter_add_(-1, label, torch.full_like(z_label, alpha - 1))
     final = base.gather(-1, union).mul_(head.scale)
+    g = base.mul_(per_row * head.scale)
     if hot:
-        g = base.mul_(per_row * head.scale).addcmul_(e, (1 - alpha) * head.scale / e_sum)
-    else:
-        g = torch.mul(base, per_row * head.scale, out=base if out_dtype == dtype else z.to(out_dtype))
-    g.scatter_(-1, union, final.to(g.dtype))
-    if slope is not None:
-        g.mul_(slope)
-    return statistics, g.to(out_dtype)
+        g.addcmul_(e, (1 - alpha) * head.scale / e_sum)
+    if slope is None and product.dtype == out_dtype:
+        g = g if g.dtype == out_dtype else product.copy_(g)
+        return statistics, g.scatter_(-1, union, final.to(out_dtype))
+    g.scatter_(-1, union, final)
+    return statistics, (g if slope is None else g.mul_(slope)).to(out_dtype)
 
 
 class _Masked(NamedTuple):
