@@ -24,6 +24,7 @@ from raydistill.report.charts import (
     thinned,
 )
 from raydistill.report.curves import loss_figures, machine_figures, read_log
+from raydistill.report.page import benchmarks
 from raydistill.report.words import duration, lede, said, size
 from raydistill.storage import Store
 
@@ -103,6 +104,20 @@ def test_a_run_without_a_baseline_says_nothing_of_one(tmp_path: Path) -> None:
     page = render_report(Store(fake_run(tmp_path, baseline=False)))
     assert "ithout a teacher" not in _parsed(page).text
     assert "None" not in _parsed(page).text
+
+
+def test_results_of_the_harness_stand_among_the_benchmarks(tmp_path: Path) -> None:
+    run = Store(fake_run(tmp_path))
+    metrics = json.loads(run.read_text("metrics.json"))
+    for role, value in (("teacher", 0.7), ("student", 0.6125)):
+        metrics[role]["lm_eval"] = {"piqa": {"acc,none": value, "acc_stderr,none": 0.01, "sample_len": 4}}
+    run.publish("metrics.json", json.dumps(metrics))
+    found = benchmarks(metrics)
+    assert found is not None
+    row = found.rows[-1]
+    assert (row.title, row.meaning, len(found.rows)) == ("piqa", "acc", 5)
+    assert [(c.role, c.text) for c in row.cells if c.text != "–"] == [("teacher", "0.7"), ("student", "0.613")]
+    _parsed(render_report(run))
 
 
 def test_values_that_are_no_number_are_left_out_of_curves_and_table(tmp_path: Path) -> None:

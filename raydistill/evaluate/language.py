@@ -27,7 +27,7 @@ from raydistill.signals import Batch, JsonValue
 from raydistill.storage import Store
 
 NUM_BINS = 15
-SPEED_SECONDS = 10.0
+SPEED_SECONDS = 4.0
 """Longest time spent on measuring the speed of one model."""
 
 Signal = Mapping[str, Tensor]

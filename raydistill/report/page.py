@@ -165,29 +165,46 @@ def tiles(metrics: Json) -> list[tuple[str, str, str]]:
 
 
 def benchmarks(metrics: Json) -> Benchmarks | None:
-    """Multiple-choice scores, student beside teacher."""
-    roles = [r for r in measured(metrics) if section(section(metrics.get(r)).get("benchmarks"))]
+    """Scores by benchmark, student beside teacher; then those of lm-evaluation-harness."""
+    roles = [r for r in measured(metrics) if section(metrics.get(r)).keys() & {"benchmarks", "lm_eval"}]
     results = {r: section(section(metrics.get(r)).get("benchmarks")) for r in roles}
-    names = list(dict.fromkeys(name for r in roles for name in results[r]))
-    if not names:
-        return None
     figures, rows = [], []
-    for name in names:
+    for name in dict.fromkeys(name for r in roles for name in results[r]):
         scores = {r: section(results[r].get(name)) for r in roles}
-        bars = [
-            Bar(ROLE_NAMES[r], 100 * value, f"{100 * value:.1f}{NBSP}%", r, _percent(s.get("accuracy_norm_stderr")))
-            for r, s in scores.items()
-            if (value := as_number(s.get("accuracy_norm"))) is not None
-        ]
-        chance = next((_percent(s.get("chance")) for s in scores.values()), None)
-        questions = next((said(s.get("num_questions")) for s in scores.values()), "–")
-        note = f"{questions} questions; dashed: chance"
-        figures.append(Figure(name, note, dot_chart(bars, label=name, guide=chance)))
+        figures.append(_accuracy_figure(name, scores))
         for key, title in (("accuracy", "accuracy"), ("accuracy_norm", "per character")):
-            best = _best({r: as_number(s.get(key)) for r, s in scores.items() if r != "teacher"}, "high")
-            cells = tuple(Cell(_with_error(s, key), r, r == best) for r, s in scores.items())
-            rows.append(Row(name, title, cells))
-    return Benchmarks(tuple(figures), tuple(roles), tuple(rows))
+            values = {r: as_number(s.get(key)) for r, s in scores.items()}
+            rows.append(_score_row(name, title, values, {r: _with_error(s, key) for r, s in scores.items()}))
+    rows += _harness_rows(roles, metrics)
+    return Benchmarks(tuple(figures), tuple(roles), tuple(rows)) if rows else None
+
+
+def _accuracy_figure(name: str, scores: Mapping[str, Json]) -> Figure:
+    bars = [
+        Bar(ROLE_NAMES[r], 100 * value, f"{100 * value:.1f}{NBSP}%", r, _percent(s.get("accuracy_norm_stderr")))
+        for r, s in scores.items()
+        if (value := as_number(s.get("accuracy_norm"))) is not None
+    ]
+    chance = next((_percent(s.get("chance")) for s in scores.values()), None)
+    questions = next((said(s.get("num_questions")) for s in scores.values()), "–")
+    return Figure(name, f"{questions} questions; dashed: chance", dot_chart(bars, label=name, guide=chance))
+
+
+def _harness_rows(roles: Sequence[str], metrics: Json) -> list[Row]:
+    found = {r: section(section(metrics.get(r)).get("lm_eval")) for r in roles}
+    rows = []
+    for task, key in dict.fromkeys((t, k) for r in roles for t in found[r] for k in section(found[r][t])):
+        name = key.removesuffix(",none")
+        if "stderr" in name or name == "sample_len":
+            continue
+        values = {r: as_number(section(found[r].get(task)).get(key)) for r in roles}
+        rows.append(_score_row(task, name, values, {r: said(v) for r, v in values.items()}))
+    return rows
+
+
+def _score_row(name: str, title: str, values: Mapping[str, float | None], texts: Mapping[str, str]) -> Row:
+    best = _best({r: v for r, v in values.items() if r != "teacher"}, "high")
+    return Row(name, title, tuple(Cell(texts[r], r, r == best) for r in values))
 
 
 def _percent(value: JsonValue) -> float | None:
