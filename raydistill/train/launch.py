@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import uuid
@@ -142,7 +143,7 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
                 if 0 <= resources.max_failures < failures:
                     raise
                 print(
-                    f"phase {job.phase.name}: a worker was lost ({_first_line(error)}); starting again from the last "
+                    f"phase {job.phase.name}: a worker was lost ({_first_lines(error)}); starting again from the last "
                     f"checkpoint ({failures} of {resources.max_failures} failures)",
                     flush=True,
                 )
@@ -154,6 +155,7 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
 def _ray_worker(config: dict[str, PhaseJob]) -> Progressed:
     import ray.train
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # or it tells of every report
     return run_worker(config["job"], lambda values: ray.train.report(dict(values)))
 
 
@@ -234,9 +236,9 @@ def _local_gpu() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
 
 
-def _first_line(error: BaseException) -> str:
+def _first_lines(error: BaseException) -> str:
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    return "; ".join(f"rank {rank}: {str(f).strip().splitlines()[0]}" for rank, f in failures.items() if str(f).strip())
+    return "; ".join(f"rank {rank}: {str(f).strip().splitlines()[0][:80]}" for rank, f in failures.items() if str(f))
 
 
 def _nobody(values: Mapping[str, float]) -> None:
