@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ def connect(config: RunConfig) -> None:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Workers print their own progress; Ray's copy of it to the driver would interleave with the bars.
-    ray.init(address=address, log_to_driver=False, logging_level="warning", configure_logging=True)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # The driver shows the progress of every stage itself; what workers print goes to Ray's own logs.
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     require_shared_folder(config, num_nodes=sum(node["Alive"] for node in ray.nodes()))
 
 
