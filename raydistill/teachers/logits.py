@@ -28,6 +28,8 @@ from raydistill.signals import Batch, Field, JsonValue, Schema
 
 _BLOCK_BYTES = 1 << 23
 """Rows of logits that are summarised together on a CPU: few enough to stay in its cache over a dozen passes."""
+_CPU_CHUNK = 256
+"""Most tokens per chunk on a CPU: enough to read the head's weight seldom, few enough to reuse warm memory."""
 _GROUP = 32
 """Neighbouring ids whose maximum decides whether they can be among the top k."""
 
@@ -89,7 +91,8 @@ class TopKLogitsTeacher:
         """The fields of all targets, [targets, ...]."""
         head = head_of(self._model, self._vocab_size)
         pieces: list[dict[str, Tensor]] = [_empty(self._config, states.device)]
-        for chunk, logits in logits_in_chunks(head, states, chunk_tokens=self._config.chunk_tokens):
+        chunk_tokens = self._config.chunk_tokens if states.is_cuda else min(self._config.chunk_tokens, _CPU_CHUNK)
+        for chunk, logits in logits_in_chunks(head, states, chunk_tokens=chunk_tokens):
             block = len(logits) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * self._vocab_size))
             for start in range(0, len(logits), block):
                 rows = slice(chunk.start + start, min(chunk.start + start + block, chunk.stop))
@@ -151,28 +154,35 @@ def _summary(
 ) -> dict[str, Tensor]:
     """The fields of some rows. `z` (fp32 logits) is overwritten."""
     top, ids = top_k_of_rows(z, max(config.top_k, 1))
-    z.sub_(top[:, :1]).clamp_min_(-1e4)  # relative to the largest; -inf would make 0 · inf in the entropy
-    e = z.exp()
-    total = e.sum(-1, keepdim=True)
-    log_total = total.log()
-    entropy = log_total[:, 0] - torch.linalg.vecdot(e, z) / total[:, 0]
-    label_logp = z.gather(-1, labels[:, None]) - log_total
     ids = ids[:, : config.top_k]
-    logp = z.gather(-1, ids) - log_total
-    e.scatter_(-1, ids, 0.0)
-    tail = e.sum(-1)
-    fields = {"ids": ids, "entropy": entropy, "label_logp": label_logp[:, 0].clamp_min(LOG_FLOOR)}
-    fields["logp"] = logp.clamp_min(LOG_FLOOR)
-    fields["log_tail"] = (tail.log() - log_total[:, 0]).clamp_min(LOG_FLOOR)
-    if uniforms is not None:
-        drawn, counts = draw_tail(e, uniforms)
-        tail_logp = (z.gather(-1, drawn) - log_total).clamp_min(LOG_FLOOR)
-        fields |= {"tail_ids": drawn, "tail_counts": counts, "tail_logp": tail_logp}
-    powers = []
-    for temperature in config.temperatures:
-        scaled = torch.div(z, temperature, out=e).exp_().scatter_(-1, ids, 0.0)
-        powers.append((scaled.sum(-1).log() - log_total[:, 0] / temperature).clamp_min(LOG_FLOOR))
-    fields["psi"] = torch.stack(powers, -1) if powers else z.new_empty((len(z), 0))
+    z.sub_(top[:, :1]).clamp_min_(-1e4)  # relative to the largest; -inf would make 0 · inf in the entropy
+    inside = z.gather(-1, ids)
+    fields, tails = {"ids": ids}, {}
+    powers, previous = torch.empty_like(z), None
+    # Exponentials are most of the work: halving T is a square. The ids stay 0 once they are taken out.
+    for temperature in sorted({1.0, *config.temperatures}, reverse=True):
+        if previous == 2 * temperature:
+            powers.square_()
+        else:
+            torch.div(z, temperature, out=powers).exp_().scatter_(-1, ids, 0.0)
+        previous = temperature
+        tails[temperature] = powers.sum(-1)
+        if temperature == 1.0:
+            total = tails[1.0] + inside.exp().sum(-1)
+            energy = torch.linalg.vecdot(powers, z) + torch.linalg.vecdot(inside.exp(), inside)
+            log_total = total.log()
+            fields["entropy"] = log_total - energy / total
+            if uniforms is not None:
+                drawn, fields["tail_counts"] = draw_tail(powers, uniforms)
+                fields["tail_ids"] = drawn
+                fields["tail_logp"] = z.gather(-1, drawn) - log_total[:, None]
+    fields["logp"] = inside - log_total[:, None]
+    fields["log_tail"] = tails[1.0].log() - log_total
+    fields["label_logp"] = z.gather(-1, labels[:, None])[:, 0] - log_total
+    psi = [tails[t].log() - log_total / t for t in config.temperatures]
+    fields["psi"] = torch.stack(psi, -1) if psi else z.new_empty((len(z), 0))
+    for name in {"logp", "log_tail", "label_logp", "psi", "tail_logp"} & fields.keys():
+        fields[name] = fields[name].clamp_min(LOG_FLOOR)
     return {name: fields[name].to(field.dtype) for name, field in _schema(uniforms is not None).items()}
 
 
