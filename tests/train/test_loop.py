@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from phases import final, lines, logged, phase_job
 
 from raydistill.cache.read import Dataset
 from raydistill.errors import ConfigError, TrainingDiverged
+from raydistill.recipes.base import Loss
+from raydistill.recipes.lm_logits import LmLogits
+from raydistill.signals import Batch, Draws
 from raydistill.train.launch import PhaseJob, train_phase
 
 
@@ -170,25 +174,35 @@ def test_a_metric_that_is_not_measured_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("poison", "what", "num_rows"), [(torch.inf, "the loss is inf", 2), (torch.nan, "the gradient's norm is nan", 8)]
+    ("where", "what", "num_rows"), [("loss", "the loss is nan", 2), ("gradient", "the gradient's norm is nan", 8)]
 )
 def test_a_poisoned_row_stops_the_run_with_step_row_and_last_checkpoint(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, poison: float, what: str, num_rows: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: str, num_rows: int
 ) -> None:
     """A loss that is not finite is traced to its micro-batch, a gradient only to its step."""
-    good = Dataset.batch
-    job = phase_job(folder, name=f"poisoned-{poison}", phase={"ema": {"decay": 0.9}})
+    good, good_loss = Dataset.batch, LmLogits.loss
+    job = phase_job(folder, name=f"poisoned-{where}", phase={"ema": {"decay": 0.9}})
     seen: list[str] = []
 
     def poisoned(self: Dataset, indices: object, **options: object) -> dict[str, torch.Tensor]:
         batch = good(self, indices, **options)  # type: ignore[arg-type]
-        for place, row in enumerate(self.row_ids(indices)):  # type: ignore[arg-type]
-            if row == "train.txt#7.0":
-                seen.append(row)
-                batch["toy/logp"][place] = poison if len(seen) > 1 else batch["toy/logp"][place]
+        if "train.txt#7.0" in self.row_ids(indices):  # type: ignore[arg-type]
+            seen.append("train.txt#7.0")
+            if len(seen) > 1:  # the second time, so that there is a checkpoint
+                batch["poison"] = torch.tensor(torch.nan)
         return batch
 
+    def poisoned_loss(self: LmLogits, player: str, batch: Batch, rng: Draws) -> Loss:
+        parts = dict(good_loss(self, player, batch, rng).parts)
+        if "poison" in batch:
+            blend = parts["blend"].sum
+            if where == "gradient":
+                blend.register_hook(lambda gradient: gradient * torch.nan)
+            parts["blend"] = replace(parts["blend"], sum=blend * batch["poison"] if where == "loss" else blend)
+        return Loss(parts)
+
     monkeypatch.setattr(Dataset, "batch", poisoned)
+    monkeypatch.setattr(LmLogits, "loss", poisoned_loss)
     with pytest.raises(TrainingDiverged, match=rf"step \d: {what}; rows: .*train\.txt#7\.0.*step-0000000[36]") as e:
         train_phase(job)
     assert len(str(e.value).split("rows: ")[1].split(". ")[0].split(", ")) == num_rows
