@@ -28,6 +28,13 @@ class Hidden:
     """For MoE models asked for it: the gate's logits of each layer, [batch · seq, experts]."""
 
 
+def require_language_model(module: nn.Module, *, where: str) -> PreTrainedModel:
+    """`module` as a model of transformers; raises `ConfigError` when it is none."""
+    if not isinstance(module, PreTrainedModel):
+        raise ConfigError(f"{where} wants a causal language model of transformers, found {type(module).__name__}")
+    return module
+
+
 def head_of(model: PreTrainedModel, vocab_size: int | None = None) -> Head:
     """The head of `model` over the first `vocab_size` rows (all rows by default).
 
@@ -170,18 +177,16 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return bool(error <= tolerance * b[b.isfinite()].norm().clamp_min(1e-6))
 
 
-def num_experts(model: nn.Module) -> int:
+def num_experts(model: PreTrainedModel) -> int:
     """Routed experts per MoE layer; 0 for a dense model."""
-    if not isinstance(model, PreTrainedModel):
-        return 0
     text = model.config.get_text_config()
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     return int(experts) if experts > 1 else 0
 
 
-def router_aux_coefficient(model: nn.Module) -> float:
+def router_aux_coefficient(model: PreTrainedModel) -> float:
     """The model's own weight of the load-balancing loss; 0 for dense models."""
-    if not isinstance(model, PreTrainedModel) or not num_experts(model):
+    if not num_experts(model):
         return 0.0
     return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
 

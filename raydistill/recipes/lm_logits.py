@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from raydistill.config.recipes import LmLogitsRecipe
 from raydistill.errors import ConfigError
@@ -20,6 +19,7 @@ from raydistill.models.language import (
     is_packed,
     isolates_documents,
     num_experts,
+    require_language_model,
     router_aux_coefficient,
     router_aux_loss,
 )
@@ -37,21 +37,17 @@ class LmLogits(Recipe[LmLogitsRecipe]):
 
     def __init__(self, config: LmLogitsRecipe, student: nn.Module, teachers: Mapping[str, TeacherView]):
         super().__init__(config, student, teachers)
-        if not isinstance(student, PreTrainedModel):
-            raise ConfigError(
-                f"recipe lm_logits wants a causal language model of transformers, found {type(student).__name__}"
-            )
-        self._model = student
+        self._model = require_language_model(student, where="recipe lm_logits")
         self._used = [t for t in teachers.values() if t.weight > 0] if config.alpha > 0 else []
         if config.alpha > 0 and not self._used:
             raise ConfigError(f"recipe lm_logits with alpha {config.alpha} wants a teacher of weight > 0, found none")
         self._sampled = _sampled(self._used)
-        check_teachers(config, list(teachers.values()), head_rows(student))
+        check_teachers(config, list(teachers.values()), head_rows(self._model))
         self._vocab_size = next((int(str(t.facts["vocab_size"])) for t in teachers.values()), None)
         weight = config.router_aux_weight
-        asked = router_aux_coefficient(student) if weight is None else weight
-        self._aux_weight = asked if num_experts(student) else 0.0
-        self._isolates = isolates_documents(student)
+        asked = router_aux_coefficient(self._model) if weight is None else weight
+        self._aux_weight = asked if num_experts(self._model) else 0.0
+        self._isolates = isolates_documents(self._model)
         self._objective = Objective(
             alpha=config.alpha,
             temperature=config.temperature,
