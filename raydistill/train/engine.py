@@ -242,6 +242,11 @@ def deepspeed_config(phase: PhaseConfig, optimizer: OptimizerConfig, device: tor
     if stage == 0 and phase.precision == "bf16":
         stage = 1
     zero: dict[str, JsonValue] = {"stage": stage, "overlap_comm": stage == 2 and device.type == "cuda"}
+    if stage == 3:
+        # By default DeepSpeed treats blocks of experts as one module, for experts that a rank may not use. Those of
+        # transformers 5 are stacked and always used, and its hook breaks where a block's input needs no gradient,
+        # as in a model that is frozen up to its first experts.
+        zero["leaf_module"] = {"classes": []}
     if phase.zero.offload_optimizer is not None:
         zero["offload_optimizer"] = _offload(phase.zero.offload_optimizer)
     if phase.zero.offload_parameters is not None:
