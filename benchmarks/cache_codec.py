@@ -5,7 +5,8 @@
 The teacher reads the language reference that every Python carries (`pydoc_data.topics`). Times are the best of several,
 with one process and one thread; encoding ends with a file that is synced and hashed (HDF5: just written), decoding with
 arrays in memory. The HDF5 way is int32 ids and fp16 log-probabilities, gzip level 4, one chunk per row. The signal is
-written repeatedly into one shard until it has 100,000 positions; HDF5 gets the same positions.
+written repeatedly into one shard until it has 100,000 positions; HDF5 gets the same positions. Rates are given by the
+clock and by CPU time, which a machine that is busy with other things disturbs less.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,41 +74,33 @@ def repeated(shard: SignalShard, positions: int) -> SignalShard:
     )
 
 
-def best(function: Callable[[], object], repeat: int) -> float:
-    """Least seconds of `repeat` calls."""
-    seconds = []
+def best(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, dict[str, float]]:
+    """Least seconds of `repeat` rounds over all functions, by the clock and of this process's CPU time."""
+    seconds = {name: {"clock": float("inf"), "cpu": float("inf")} for name in functions}
     for _ in range(repeat):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        for name, function in functions.items():
+            clock, cpu = time.perf_counter(), time.process_time()
+            function()
+            found = {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
+            seconds[name] = {key: min(value, found[key]) for key, value in seconds[name].items()}
+    return seconds
 
 
-def measure(shard: SignalShard, codec_name: str, vocab_size: int, folder: Path, repeat: int) -> dict[str, object]:
-    """Size and speed of one codec."""
-    store, name, codec = Store(folder), f"{codec_name}.parquet", codec_for(codec_name, vocab_size=vocab_size)
-    positions = int(shard.num_targets.sum())
-
-    def encode() -> None:
-        write_signal(store, name, shard, codec, split="train", vocab_size=vocab_size)
-
-    encode_seconds = best(encode, repeat)
-    decode_seconds = best(lambda: read_signal(store, name), repeat)
-    found = read_signal(store, name).fields
+def size(path: Path, positions: int) -> dict[str, float]:
+    """Bytes per token of a shard: in all, of ids and values, and of each field."""
     parts: dict[str, float] = {}
-    metadata = pq.ParquetFile(folder / name).metadata
+    metadata = pq.ParquetFile(path).metadata
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(column)
             field = chunk.path_in_schema.rpartition(".")[0] or "row_id, tokens_sha, num_targets"
             parts[field] = parts.get(field, 0) + chunk.total_compressed_size / positions
-    total = store.size(name) / positions
-    parts["footer"] = total - sum(parts.values())
+    total = path.stat().st_size / positions
     return {
-        "bytes_per_token": {"total": total, "ids_and_values": parts["ids"] + parts["logp"], **parts},
-        "encode_tokens_per_second": positions / encode_seconds,
-        "decode_tokens_per_second": positions / decode_seconds,
-        "logp_error": errors(shard.fields, found),
+        "total": total,
+        "ids_and_values": parts["ids"] + parts["logp"],
+        **parts,
+        "footer": total - sum(parts.values()),
     }
 
 
@@ -124,28 +118,49 @@ def errors(true: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[st
     }
 
 
-def measure_hdf5(shard: SignalShard, folder: Path, repeat: int) -> dict[str, object]:
-    """The same ids and values as compressed HDF5 arrays [rows, tokens, k], read row by row."""
+def write_hdf5(shard: SignalShard, path: Path) -> None:
+    """The same ids and values as compressed arrays [rows, tokens, k]."""
     rows, length, k = len(shard.row_ids), int(shard.num_targets[0]), shard.fields["ids"].shape[1]
-    path = folder / "signal.h5"
+    with h5py.File(path, "w") as file:
+        for name in ("ids", "logp"):
+            values = shard.fields[name].reshape(rows, length, k)
+            file.create_dataset(name, data=values, chunks=(1, length, k), compression="gzip", compression_opts=4)
 
-    def encode() -> None:
-        with h5py.File(path, "w") as file:
-            for name in ("ids", "logp"):
-                values = shard.fields[name].reshape(rows, length, k)
-                file.create_dataset(name, data=values, chunks=(1, length, k), compression="gzip", compression_opts=4)
 
-    def decode() -> None:
-        with h5py.File(path) as file:
-            for row in range(rows):
-                file["ids"][row]
-                file["logp"][row]
+def read_hdf5(path: Path) -> None:
+    """Row by row."""
+    with h5py.File(path) as file:
+        for row in range(len(file["ids"])):
+            file["ids"][row]
+            file["logp"][row]
 
-    encode_seconds, decode_seconds = best(encode, repeat), best(decode, repeat)
+
+def measure(shard: SignalShard, vocab_size: int, folder: Path, repeat: int) -> dict[str, object]:
+    """Sizes, errors and speeds of the codecs and of HDF5."""
+    store, positions = Store(folder), int(shard.num_targets.sum())
+    codecs = {name: codec_for(name, vocab_size=vocab_size) for name in ("fp16", "u8")}
+    steps: dict[str, Callable[[], object]] = {}
+    for name, codec in codecs.items():
+        steps[f"{name} encode"] = partial(
+            write_signal, store, f"{name}.parquet", shard, codec, split="train", vocab_size=vocab_size
+        )
+        steps[f"{name} decode"] = partial(read_signal, store, f"{name}.parquet")
+    steps["hdf5 encode"] = partial(write_hdf5, shard, folder / "signal.h5")
+    steps["hdf5 decode"] = partial(read_hdf5, folder / "signal.h5")
+    rates = {
+        name: {key: positions / value for key, value in seconds.items()}
+        for name, seconds in best(steps, repeat).items()
+    }
     return {
-        "bytes_per_token": {"ids_and_values": path.stat().st_size / (rows * length)},
-        "encode_tokens_per_second": rows * length / encode_seconds,
-        "decode_tokens_per_second": rows * length / decode_seconds,
+        "bytes_per_token": {name: size(folder / f"{name}.parquet", positions) for name in codecs}
+        | {"hdf5": {"ids_and_values": (folder / "signal.h5").stat().st_size / positions}},
+        "logp_error": {n: errors(shard.fields, read_signal(store, f"{n}.parquet").fields) for n in codecs},
+        "tokens_per_second": rates,
+        "times_faster_than_hdf5": {
+            f"{name} {step}": {k: rates[f"{name} {step}"][k] / rates[f"hdf5 {step}"][k] for k in ("clock", "cpu")}
+            for name in codecs
+            for step in ("encode", "decode")
+        },
     }
 
 
@@ -172,8 +187,7 @@ def main() -> None:
     assert positions > GROUP_POSITIONS, f"{positions} targets: repeats would share a row group; use more --tokens"
     whole = repeated(shard, POSITIONS)
     with tempfile.TemporaryDirectory() as folder:
-        codecs = {name: measure(whole, name, vocab_size, Path(folder), options.repeat) for name in ("fp16", "u8")}
-        hdf5 = measure_hdf5(whole, Path(folder), max(1, options.repeat // 2))
+        measured = measure(whole, vocab_size, Path(folder), options.repeat)
     result = {
         "teacher": options.model,
         "text": "pydoc_data.topics",
@@ -183,15 +197,7 @@ def main() -> None:
         "vocab_size": vocab_size,
         "hardware": {"cpu": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
         "versions": {name: version(name) for name in ("raydistill", "numpy", "pyarrow", "h5py", "torch")},
-        "codecs": codecs,
-        "hdf5_gzip4_int32_fp16": hdf5,
-        "times_faster_than_hdf5": {
-            name: {
-                step: codec[f"{step}_tokens_per_second"] / hdf5[f"{step}_tokens_per_second"]
-                for step in ("encode", "decode")
-            }
-            for name, codec in codecs.items()
-        },
+        **measured,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(rounded(result), indent=1) + "\n")

@@ -99,6 +99,12 @@ class Store:
         if self.exists(name):
             self.filesystem.delete_file(self.path(name))
 
+    def delete_leftovers(self) -> None:
+        """Remove the unfinished files that killed writers left directly in this folder of a file system."""
+        if self.is_local:
+            for part in Path(self.root).glob(".tmp-*"):
+                part.unlink(missing_ok=True)
+
     def delete_folder(self, name: str) -> None:
         """Remove folder `name` and everything in it if it is there."""
         if self.exists(name):

@@ -102,6 +102,8 @@ class Ledger:
             self.store.delete(name)
         for name in set(records) - set(names):
             (self.store / RECORDS).delete(f"{name}.json")
+        self.store.delete_leftovers()
+        (self.store / RECORDS).delete_leftovers()
         return manifest
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from raydistill.config.base import Config
 from raydistill.errors import CacheMismatch
@@ -60,7 +60,7 @@ class Manifest(Config):
     """Fingerprint of the inputs a signal was made from."""
     fields: dict[str, FieldRecord]
     """What a row holds."""
-    facts: dict[str, JsonValue] = {}
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
     """What a reader must know: vocabulary size, K, temperatures, codec, library versions and device kind."""
     shards: tuple[ShardRecord, ...]
     """All shards, in name order."""
