@@ -21,6 +21,8 @@ from raydistill.train.prepare import Prepared, student_with
 
 CANDIDATES = "candidates"
 EVALUATIONS = "evaluations"
+PREFIX = "evaluation/"
+"""Of the names of an evaluation's metrics in a report."""
 Report = Callable[[Mapping[str, float]], None]
 """Tells whoever runs the training about a step; called on every rank."""
 
@@ -57,7 +59,12 @@ class Evaluations:
             write_weights(prepared, self._store / BEST)
             if prepared.rank == 0:
                 record_best(prepared.job, step, values)
-        self._report({"step": step, **values})
+        self._report({"step": step, **{f"{PREFIX}{name}": value for name, value in values.items()}})
+
+
+def is_evaluation(values: Mapping[str, float]) -> bool:
+    """Whether a report is that of an evaluation, not of a logged step."""
+    return any(name.startswith(PREFIX) for name in values)
 
 
 def runs_beside(job: PhaseJob) -> bool:

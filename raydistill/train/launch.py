@@ -17,6 +17,7 @@ from raydistill.train.checkpoint import Progressed
 from raydistill.train.evaluation import (
     Report,
     evaluate_candidate,
+    is_evaluation,
     log_evaluations,
     runs_beside,
     settle_candidate,
@@ -111,6 +112,8 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Ray Train's patch of `print` shows every line twice. It passes this variable on to the workers.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     resources = job.config.resources.train
     workers = resources.workers
     failures = 0
@@ -156,7 +159,14 @@ def _ray_worker(config: dict[str, PhaseJob]) -> Progressed:
     import ray.train
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # or it tells of every report
-    return run_worker(config["job"], lambda values: ray.train.report(dict(values)))
+    job = config["job"]
+
+    def tell(values: Mapping[str, float]) -> None:
+        # Ray Train takes one report in two seconds and makes the workers wait for it, so it is not told of every line.
+        if is_evaluation(values) or values["step"] % job.phase.checkpoint.every_steps == 0:
+            ray.train.report(dict(values))
+
+    return run_worker(job, tell)
 
 
 def _raise_own(error: object) -> None:

@@ -56,7 +56,7 @@ def test_an_elastic_range_needs_room_for_its_fewest_only_and_a_cluster_may_grow(
 def cluster() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=True)
+    ray.init(address="local", num_cpus=6, include_dashboard=True)
     yield
     ray.shutdown()
 
