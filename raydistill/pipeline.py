@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -44,8 +45,11 @@ SUMMARY_METRICS = (
 )  # fmt: skip
 """Lines of the table that a run ends with."""
 
-FREE = ("resources", "tracking", "plan", "evaluate", "cache", "run_dir")
-"""Sections that say where and how the work is done, or how it is looked at, but not what comes out of training."""
+FREE = re.compile(
+    r"(resources|tracking|plan|cache|run_dir|evaluate\.(?!held_out))|student\.gradient_checkpointing"
+    r"|phases\.\d+\.(zero|log_every|explode_factor|checkpoint|batch\.micro_size)"
+)
+"""Keys that say where and how the work is done, or how it is looked at, but not what comes out of training."""
 
 
 class Run:
@@ -60,11 +64,15 @@ class Run:
         )
 
     def claim(self) -> None:
-        """Write config.json, or refuse a folder whose student was trained by another configuration."""
+        """Write config.json, or refuse a folder whose student, or a finished phase, is of another configuration.
+
+        Phases that are not finished may change; whether their checkpoints still fit is for training to say.
+        """
         new = self.config.model_dump(mode="json")
         if self.store.exists("config.json") and self.store.exists("init"):
             old = json.loads(self.store.read_text("config.json"))["config"]
-            changed = _differences(_defining(old), _defining(new))
+            finished = [self.store.exists(f"{folder}/final/phase.json") for _, folder in self.phases("phases")]
+            changed = _differences(_defining(old, finished), _defining(new, finished))
             if changed:
                 raise ConfigError(
                     f"{self.store.uri} holds a run that was made with another configuration. These keys differ:\n"
@@ -273,12 +281,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def _defining(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """What of a dumped configuration decides the trained weights, by dotted key."""
-    flat = dict(_flat("", {k: v for k, v in config.items() if k not in FREE}))
-    held_out = config["evaluate"]
-    assert isinstance(held_out, dict)
-    return {**flat, "evaluate.held_out": held_out["held_out"]}
+def _defining(config: Mapping[str, JsonValue], finished: list[bool]) -> dict[str, JsonValue]:
+    """What of a dumped configuration decided the weights that are there already, by dotted key."""
+
+    def counts(key: str) -> bool:
+        if FREE.match(key):
+            return False
+        section, _, rest = key.partition(".")
+        if section == "phases":
+            index = int(rest.partition(".")[0])
+            return index < len(finished) and finished[index]
+        return section in ("student", "seed") or any(finished)
+
+    return {key: value for key, value in _flat("", dict(config)) if counts(key)}
 
 
 def _flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
