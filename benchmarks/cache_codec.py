@@ -3,10 +3,11 @@
     python benchmarks/cache_codec.py [--model SOURCE] [--tokens 20000] [--repeat 5]
 
 The teacher reads the language reference that every Python carries (`pydoc_data.topics`). Times are the best of several,
-with one process and one thread; encoding ends with a file that is synced and hashed (HDF5: just written), decoding with
-arrays in memory. The HDF5 way is int32 ids and fp16 log-probabilities, gzip level 4, one chunk per row. The signal is
-written repeatedly into one shard until it has 100,000 positions; HDF5 gets the same positions. Rates are given by the
-clock and by CPU time, which a machine that is busy with other things disturbs less.
+with one process and one thread; encoding ends with a file that is synced to disk and hashed, decoding with arrays in
+memory. The HDF5 way is int32 ids and fp16 log-probabilities, gzip level 4, one chunk per row; a shard holds the other
+fields of the signal as well. The signal is written repeatedly into one shard until it has 100,000 positions; HDF5 gets
+the same positions. Rates are given by the clock and by CPU time, which a machine that is busy with other things
+disturbs less.
 """
 
 from __future__ import annotations
@@ -118,8 +119,13 @@ def errors(true: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[st
     }
 
 
-def write_hdf5(shard: SignalShard, path: Path) -> None:
-    """The same ids and values as compressed arrays [rows, tokens, k]."""
+def write_hdf5(shard: SignalShard, store: Store, name: str) -> None:
+    """The same ids and values as compressed arrays [rows, tokens, k], published and hashed as a shard is."""
+    store.publish(name, partial(_write_hdf5, shard))
+    store.sha256(name)
+
+
+def _write_hdf5(shard: SignalShard, path: Path) -> None:
     rows, length, k = len(shard.row_ids), int(shard.num_targets[0]), shard.fields["ids"].shape[1]
     with h5py.File(path, "w") as file:
         for name in ("ids", "logp"):
@@ -145,7 +151,7 @@ def measure(shard: SignalShard, vocab_size: int, folder: Path, repeat: int) -> d
             write_signal, store, f"{name}.parquet", shard, codec, split="train", vocab_size=vocab_size
         )
         steps[f"{name} decode"] = partial(read_signal, store, f"{name}.parquet")
-    steps["hdf5 encode"] = partial(write_hdf5, shard, folder / "signal.h5")
+    steps["hdf5 encode"] = partial(write_hdf5, shard, store, "signal.h5")
     steps["hdf5 decode"] = partial(read_hdf5, folder / "signal.h5")
     rates = {
         name: {key: positions / value for key, value in seconds.items()}

@@ -114,7 +114,7 @@ class Store:
         """Hash of file `name`, in hexadecimal."""
         digest = hashlib.sha256()
         with self.filesystem.open_input_stream(self.path(name)) as stream:
-            while block := stream.read(8 << 20):
+            while block := stream.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
 
