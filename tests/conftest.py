@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,9 +19,12 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Shards that tests unpack go away with the tests' own folders."""
-    os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("local"))
+def own_temporary_folder() -> Iterator[None]:
+    """Shards that tests unpack go away with the tests. The path is short: Ray puts sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="rd", ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        yield
+    tempfile.tempdir = None
 
 
 @pytest.fixture(scope="session")
