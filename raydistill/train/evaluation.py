@@ -14,7 +14,7 @@ import torch
 from raydistill.errors import ConfigError
 from raydistill.evaluate.language import make_validator
 from raydistill.storage import Store
-from raydistill.train.final import BEST, BEST_RECORD, WEIGHTS, write_weights
+from raydistill.train.final import BEST, BEST_RECORD, WEIGHTS, copy_file, write_weights
 from raydistill.train.job import PhaseJob
 from raydistill.train.metrics import Metrics
 from raydistill.train.prepare import Prepared, student_with
@@ -92,7 +92,7 @@ def settle_candidate(job: PhaseJob, step: int) -> None:
     if _beats(job, values):
         for name in WEIGHTS:
             if candidate.exists(name):
-                (store / BEST).publish(name, candidate.read(name))
+                copy_file(candidate, store / BEST, name)
         record_best(job, step, values)
     (store / CANDIDATES).delete(f"{_name(step)}.json")
     candidate.filesystem.delete_dir(candidate.path())

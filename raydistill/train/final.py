@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -54,8 +56,18 @@ def publish_final(job: PhaseJob, progressed: Progressed) -> None:
         record["best"] = json.loads(best.read_text(BEST_RECORD))
         for name in WEIGHTS:
             if best.exists(name):
-                final.publish(name, best.read(name))
+                copy_file(best, final, name)
     final.publish(RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def copy_file(source: Store, target: Store, name: str) -> None:
+    """Publish file `name` of `source` in `target`, without having it in memory where both are local."""
+    path = source.path(name)
+
+    def copy(part: Path) -> None:
+        shutil.copyfile(path, part)
+
+    target.publish(name, copy if source.is_local else source.read(name))
 
 
 def _collect(

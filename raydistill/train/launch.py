@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,8 @@ from raydistill.train.metrics import Metrics, require_trackers
 from raydistill.train.prepare import prepare
 
 if TYPE_CHECKING:
-    from ray.train import UserCallback
+    from ray.train import Result, UserCallback
+    from ray.train.torch import TorchTrainer
 
 __all__ = ["PhaseJob", "PhaseResult", "train_phase"]
 POLL_SECONDS = 1.0
@@ -138,7 +140,7 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
                 ),
             )
             try:
-                progressed = trainer.fit().return_value  # type: ignore[attr-defined]
+                progressed = _fit(trainer).return_value  # type: ignore[attr-defined]
                 break
             except WorkerGroupError as error:
                 _raise_own(error)
@@ -153,6 +155,20 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
         beside.drain()
     assert isinstance(progressed, Progressed)
     return progressed
+
+
+def _fit(trainer: TorchTrainer) -> Result:
+    """`trainer.fit()` in another thread: on the main one, Ray Train takes Ctrl-C for itself and exits with status 0."""
+    outcome: Future[Result] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:  # raised again on the main thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="raydistill-fit", daemon=True).start()
+    return outcome.result()
 
 
 def _ray_worker(config: dict[str, PhaseJob]) -> Progressed:

@@ -140,5 +140,5 @@ def plain_training(
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm or float("inf"))
         adamw.step()
-        done.append({"loss": float(loss), "grad_norm": float(norm)})
+        done.append({"loss": loss.item(), "grad_norm": norm.item()})
     return {name: p.detach() for name, p in model.named_parameters()}, done

@@ -151,3 +151,19 @@ def test_weights_are_evaluated_beside_the_training_and_the_best_are_kept(folder:
     a, b = final(job), final(inside)
     assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-4
     assert not any(Path(job.run, job.folder, "candidates").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_ctrl_c_arrives_as_such(folder: Path) -> None:
+    job = on_workers(folder, "stopped", phase={"steps": 100_000})
+    marker = Path(job.run, job.folder, "checkpoints/step-00000010.json")
+
+    def stop() -> None:
+        while not marker.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_phase(job)
