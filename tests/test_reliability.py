@@ -1,0 +1,202 @@
+"""Kills, each followed by the same command, end in the same bytes as a run that nobody disturbed; and jobs, and twins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from test_pipeline import WORDS, tiny_config
+from toys import save_model, tiny_llama
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with teacher and text that every run of this module reads."""
+    folder = tmp_path_factory.mktemp("problem")
+    save_model(tiny_llama(layers=4, hidden=64), folder / "teacher")
+    lines = [" ".join(WORDS[(i * 7 + j * (1 + i % 5)) % len(WORDS)] for j in range(6 + i % 9)) for i in range(900)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    return folder
+
+
+def write_config(problem: Path, folder: Path, *, workers: int = 0, actors: tuple[int, int] = (1, 1)) -> Path:
+    """The configuration of a run in `folder`; only where the work is done differs between two of them."""
+    phase = tiny_config(problem).phases[0].model_dump(mode="json")
+    config = tiny_config(
+        problem,
+        run_dir=str(folder / "run"),
+        cache={"dir": str(folder / "cache")},
+        phases=[phase | {"steps": 60, "checkpoint": {"every_steps": 5, "keep": 2}, "ema": {"decay": 0.9}}],
+        evaluate={"held_out": 0.1, "baseline": False, "sample_tokens": 2},
+        resources={"teacher": {"actors": actors}, "train": {"workers": workers}},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def start(config: Path, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "raydistill.run", str(config)]
+    log = (config.parent / "log.txt").open("a")
+    return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=ENVIRONMENT | environment, cwd=config.parent)
+
+
+def finish(config: Path, **environment: str) -> None:
+    status = start(config, **environment).wait(timeout=400)
+    assert status == 0, (config.parent / "log.txt").read_text()[-3000:]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 240) -> None:
+    """Until `condition` holds; fails when the run ends first, since then nothing would be disturbed."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        assert time.monotonic() < deadline, "the run never came to the point where it was to be disturbed"
+        time.sleep(0.02)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Hashes of what must not depend on kills: all cache files but build.json, and the trained weights."""
+    caches = [p for p in folder.joinpath("cache").rglob("*") if p.is_file() and p.name != "build.json"]
+    weights = [folder / f"run/phases/distil/final/{name}.safetensors" for name in ("model", "ema")]
+    hashes = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in [*caches, *weights]}
+    assert any(name.endswith("manifest.json") for name in hashes)
+    return hashes
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(write_config(problem, folder))
+    return folder
+
+
+def test_driver_killed_among_shards_and_in_training(problem: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = write_config(problem, tmp_path)
+    points: list[Callable[[], bool]] = [
+        lambda: len(list(tmp_path.glob("cache/toy-*/records/*.json"))) >= 3,
+        lambda: (tmp_path / "run/phases/distil/checkpoints/step-5.json").exists(),
+        lambda: (tmp_path / "run/phases/distil/checkpoints/step-30.json").exists(),
+    ]
+    for point in points:
+        process = start(config)
+        wait_for(point, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(config)
+    assert content(tmp_path) == content(undisturbed)
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_interrupt_ends_cleanly_and_says_how_to_go_on(problem: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = write_config(problem, tmp_path)
+    process = start(config)
+    wait_for(lambda: (tmp_path / "run/phases/distil/checkpoints/step-5.json").exists(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert "Go on with:" in log
+    assert "Traceback" not in log
+    finish(config)
+    assert content(tmp_path) == content(undisturbed)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ray_node_killed_in_the_teacher_stage_and_in_training(
+    problem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster
+
+    calm = tmp_path / "calm"
+    finish(write_config(problem, calm, workers=2, actors=(2, 2)))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port()})
+    try:
+        config = write_config(problem, tmp_path / "rough", workers=2, actors=(2, 2))
+        points: list[Callable[[], bool]] = [
+            lambda: len(list(tmp_path.glob("rough/cache/toy-*/records/*.json"))) >= 3,
+            lambda: (tmp_path / "rough/run/phases/distil/checkpoints/step-5.json").exists(),
+        ]
+        for point in points:
+            node = cluster.add_node(num_cpus=2)
+            process = start(config, RAY_ADDRESS=cluster.address)
+            wait_for(point, process)
+            cluster.remove_node(node, allow_graceful=False)
+            process.wait(timeout=400)
+        finish(config, RAY_ADDRESS=cluster.address)
+    finally:
+        cluster.shutdown()
+    assert content(tmp_path / "rough") == content(calm)
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """A Ray head with a job server on ports of its own, as `ray start --head` makes it; its address."""
+    port, dashboard = free_port(), free_port()
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    with (tmp_path / "head.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_job_submitted_to_a_running_cluster(problem: Path, undisturbed: Path, tmp_path: Path, head: str) -> None:
+    config = write_config(problem, tmp_path / "job")
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--address", head, "--working-dir", str(config.parent), "--"]
+    command += [sys.executable, "-m", "raydistill.run", config.name]
+    deadline = time.monotonic() + 400
+    while True:  # the job server answers some seconds after the head is up
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        if done.returncode == 0 or "Failed to connect" not in done.stdout + done.stderr:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "perplexity" in done.stdout
+    assert content(tmp_path / "job") == content(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["lm_topk", "lm_moe_two_stage"])
+def test_twin_runs_shortened(name: str, tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path}/run", "source.max_rows=40", "source.seq_len=64", "evaluate.sample_tokens=4"]
+    phases = yaml.safe_load((ROOT / f"configs/tiny/{name}.yaml").read_text())["phases"]
+    for i in range(len(phases)):
+        overrides += [f"phases.{i}.steps=2", f"phases.{i}.epochs=null"]
+    command = [sys.executable, "-m", "raydistill.run", f"configs/tiny/{name}.yaml", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
+    assert (tmp_path / "run/export/config.json").exists()
