@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from pathlib import Path
 from pyarrow import fs
 
 from raydistill.errors import DataError, OutOfSpace
+
+LEFTOVER_SECONDS = 24 * 3600
+"""An unfinished file that nobody wrote to for this long has no writer any more."""
 
 
 class Store:
@@ -100,10 +104,16 @@ class Store:
             self.filesystem.delete_file(self.path(name))
 
     def delete_leftovers(self) -> None:
-        """Remove the unfinished files that killed writers left directly in this folder of a file system."""
-        if self.is_local:
-            for part in Path(self.root).glob(".tmp-*"):
-                part.unlink(missing_ok=True)
+        """Remove the unfinished files that killed writers left directly in this folder of a file system.
+
+        A younger file than a day stays: it may be that of another run, which shares the folder and is writing it.
+        """
+        if not self.is_local:
+            return
+        for part in Path(self.root).glob(".tmp-*"):
+            with contextlib.suppress(FileNotFoundError):  # its writer has just published it
+                if part.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                    part.unlink()
 
     def delete_folder(self, name: str) -> None:
         """Remove folder `name` and everything in it if it is there."""

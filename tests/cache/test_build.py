@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,10 +93,16 @@ def test_an_interrupted_build_ends_in_the_same_bytes(
     in_process.order = list
     for folder in Path(config.cache.dir).iterdir():
         if not (folder / "manifest.json").exists():
-            (folder / ".tmp-0badcafe-00000.parquet").write_bytes(b"half a shard")  # of a writer that was killed
+            for name, age in ((".tmp-0badcafe-00000.parquet", 2 * 86400), (".tmp-1badcafe-00000.parquet", 0)):
+                (folder / name).write_bytes(b"half a shard")  # of a writer that was killed, and of one at work
+                os.utime(folder / name, (time.time() - age,) * 2)
     again = build_all(config)
     # a unit or shard is never done twice
     assert len(in_process.items) == 1 + len(built.signal_manifest.shards)
+    half = {part.name for part in Path(config.cache.dir).rglob(".tmp-*")}
+    assert half == {".tmp-1badcafe-00000.parquet"}
+    for part in Path(config.cache.dir).rglob(".tmp-*"):
+        part.unlink()
     assert cache_bytes(again.inputs) == cache_bytes(built.inputs)
     assert cache_bytes(again.signal) == cache_bytes(built.signal)
 
