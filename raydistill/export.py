@@ -18,6 +18,7 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from pyarrow import fs
 
+from raydistill.config.recipes import LmLogitsRecipe, RecipeConfig
 from raydistill.config.schema import RunConfig
 from raydistill.config.training import PhaseConfig
 from raydistill.evaluate.comparison import Line
@@ -216,13 +217,21 @@ def _data(config: RunConfig) -> str:
 
 
 def _phase(phase: PhaseConfig) -> str:
-    recipe, optimizer = phase.recipe, phase.optimizer["student"]
+    optimizer = phase.optimizer["student"]
     length = f"{phase.steps:,} steps" if phase.steps is not None else f"{phase.epochs:g} epochs"
     return (
-        f"`{phase.name}`: {length} of {phase.batch.global_size} rows, {recipe.kind} with alpha {recipe.alpha:g}, "
-        f"temperature {recipe.temperature:g} ({recipe.temperature_mode}), {recipe.divergence}, tail {recipe.tail}; "
+        f"`{phase.name}`: {length} of {phase.batch.global_size} rows, {_recipe(phase.recipe)}; "
         f"AdamW with learning rate {optimizer.lr:g} ({optimizer.schedule}), weight decay {optimizer.weight_decay:g}, "
         f"{phase.precision}, ZeRO {phase.zero.stage}"
+    )
+
+
+def _recipe(recipe: RecipeConfig) -> str:
+    if not isinstance(recipe, LmLogitsRecipe):
+        return recipe.kind
+    return (
+        f"{recipe.kind} with alpha {recipe.alpha:g}, temperature {recipe.temperature:g} ({recipe.temperature_mode}), "
+        f"{recipe.divergence}, tail {recipe.tail}"
     )
 
 

@@ -80,7 +80,7 @@ def build_inputs(config: RunConfig, caches: Store) -> tuple[Store, Manifest]:
     totals = Totals()
     names: list[str] = []
     built: list[str] = []
-    done = set(read_records(store)) & set(store.names()) - set(ledger.damaged())
+    done = set(read_records(store, broken={})) & set(store.names()) - set(ledger.damaged())
     for name, split, shard in deal(
         staging, used, shard_rows=config.source.shard_rows, max_rows=config.source.max_rows, totals=totals
     ):

@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from raydistill.cache.manifest import FieldRecord, Manifest, ShardRecord, fingerprint_of
+from raydistill.cache.manifest import FieldRecord, Manifest, ShardRecord, fingerprint_of, parse_manifest
 from raydistill.cache.shards import RECORDS, read_records
 from raydistill.errors import CacheMismatch
 from raydistill.signals import JsonValue
@@ -39,11 +39,11 @@ class Ledger:
     def manifest(self) -> Manifest | None:
         """The manifest, if the cache was ever finished and `verify` found nothing wrong with the manifest itself.
 
-        Raises `CacheMismatch` when it is that of another configuration.
+        Raises `CacheMismatch` when it is that of another configuration, `DataError` when it is damaged.
         """
         if not self.store.exists(MANIFEST) or MANIFEST in self.damaged():
             return None
-        manifest = Manifest.model_validate_json(self.store.read(MANIFEST))
+        manifest = parse_manifest(self.store.read(MANIFEST), where=f"{self.store.uri}/{MANIFEST}")
         manifest.require(fingerprint=self.fingerprint, content=self.content, where=self.store.uri)
         return manifest
 
@@ -71,8 +71,8 @@ class Ledger:
         return read_damaged(self.store)
 
     def pending(self, names: Sequence[str]) -> list[str]:
-        """The shards of `names` that are absent or damaged, in the same order."""
-        done = set(read_records(self.store)) & set(self.store.names()) - set(self.damaged())
+        """The shards of `names` that are absent or damaged, or whose record is, in the same order."""
+        done = set(read_records(self.store, broken={})) & set(self.store.names()) - set(self.damaged())
         return [name for name in names if name not in done]
 
     def finish(

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from raydistill.config.base import Config
-from raydistill.errors import CacheMismatch
+from raydistill.errors import CacheMismatch, DataError
 
 MANIFEST_VERSION = 1
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class ShardRecord(Config):
@@ -89,6 +91,37 @@ class Manifest(Config):
     def split_shards(self, split: str) -> tuple[ShardRecord, ...]:
         """The shards of one split, in name order."""
         return tuple(s for s in self.shards if s.split == split)
+
+
+class _Versioned(BaseModel):
+    """What is read first, because another version may have other keys."""
+
+    version: int = MANIFEST_VERSION
+
+
+def parse_manifest(text: bytes, *, where: str) -> Manifest:
+    """The manifest that a file holds.
+
+    Raises `DataError` when it is truncated or not a manifest, `CacheMismatch` when this version cannot read it.
+    """
+    remedy = "Remove this file and run --stages inputs,signals, which writes it again and keeps the shards."
+    version = parsed(_Versioned, text, where=where, remedy=remedy).version
+    if version != MANIFEST_VERSION:
+        raise CacheMismatch(
+            f"{where} has version {version} of the cache format; this package reads version {MANIFEST_VERSION}. "
+            "Read it with the version that wrote it, or build it again."
+        )
+    return parsed(Manifest, text, where=where, remedy=remedy)
+
+
+def parsed(kind: type[M], text: bytes, *, where: str, remedy: str) -> M:
+    """`text` as JSON of `kind`; `DataError`, with its first fault and what to do, when it is not that."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise DataError(f"{where} is damaged: wanted whole JSON, found {place}{first['msg']}. {remedy}") from error
 
 
 def fingerprint_of(content: Mapping[str, JsonValue]) -> str:

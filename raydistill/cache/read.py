@@ -21,7 +21,7 @@ from torch import Tensor
 from raydistill.cache.batches import InputRow, collate
 from raydistill.cache.ledger import DAMAGED, MANIFEST
 from raydistill.cache.local import LocalShards
-from raydistill.cache.manifest import MANIFEST_VERSION, Manifest, ShardRecord
+from raydistill.cache.manifest import Manifest, ShardRecord, parse_manifest
 from raydistill.cache.shards import decode_planes, read_counts, read_table
 from raydistill.errors import CacheMismatch, SignalMismatch, VerificationFailed
 from raydistill.signals import Batch, JsonValue
@@ -32,18 +32,14 @@ NUM_READERS = 16
 
 
 def open_manifest(store: Store) -> Manifest:
-    """The manifest of a finished cache; `CacheMismatch` when there is none, or one that this version cannot read."""
+    """The manifest of a finished cache.
+
+    Raises `CacheMismatch` when there is none, or one that this version cannot read, `DataError` when it is damaged.
+    """
     if not store.exists(MANIFEST):
         state = f"is not finished: it has no {MANIFEST}" if store.exists() else "does not exist"
         raise CacheMismatch(f"the cache {store.uri} {state}. Run --stages inputs,signals, which completes it.")
-    text = store.read_text(MANIFEST)
-    manifest = Manifest.model_validate_json(text)
-    if manifest.version != MANIFEST_VERSION:
-        raise CacheMismatch(
-            f"{store.uri} has version {manifest.version} of the cache format; this package reads version "
-            f"{MANIFEST_VERSION}. Read it with the version that wrote it, or build it again."
-        )
-    return manifest
+    return parse_manifest(store.read(MANIFEST), where=f"{store.uri}/{MANIFEST}")
 
 
 class Dataset:

@@ -23,7 +23,7 @@ from jaxtyping import Int32, Int64
 
 from raydistill.cache.batches import InputRow
 from raydistill.cache.codecs import RAW_PLANES, Codec, Fields, Plane, codec_for
-from raydistill.cache.manifest import FieldRecord, ShardRecord
+from raydistill.cache.manifest import FieldRecord, ShardRecord, parsed
 from raydistill.errors import DataError
 from raydistill.signals import Field, Schema
 from raydistill.storage import Store
@@ -302,13 +302,28 @@ def publish_record(store: Store, record: ShardRecord) -> None:
     (store / RECORDS).publish(f"{record.name}.json", record.model_dump_json(indent=1) + "\n")
 
 
-def read_records(store: Store) -> dict[str, ShardRecord]:
-    """The records of the shards that are done, by shard name."""
+def read_records(store: Store, *, broken: dict[str, str] | None = None) -> dict[str, ShardRecord]:
+    """The records of the shards that are done, by shard name.
+
+    Raises `DataError` for a record that is truncated or anything else than a record; with `broken`, it is left out,
+    and what is wrong with it goes there under the name of its shard.
+    """
     folder = store / RECORDS
+    names = [name for name in folder.names() if name.endswith(".json")]
     with ThreadPoolExecutor(16) as pool:  # on an object store each read is a request
-        texts = pool.map(folder.read, [name for name in folder.names() if name.endswith(".json")])
-        records = [ShardRecord.model_validate_json(text) for text in texts]
-    return {record.name: record for record in records}
+        texts = list(pool.map(folder.read, names))
+    records = {}
+    for name, text in zip(names, texts, strict=True):
+        remedy = "Remove this file and run --stages verify, then --stages inputs,signals, which builds its shard again."
+        try:
+            record = parsed(ShardRecord, text, where=f"{folder.uri}/{name}", remedy=remedy)
+        except DataError as error:
+            if broken is None:
+                raise
+            broken[name.removesuffix(".json")] = str(error)
+        else:
+            records[record.name] = record
+    return records
 
 
 def _record(store: Store, name: str, split: str, rows: int, tokens: int) -> ShardRecord:

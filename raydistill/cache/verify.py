@@ -26,6 +26,7 @@ from raydistill.cache.codecs import codec_for
 from raydistill.cache.ledger import MANIFEST, write_damaged
 from raydistill.cache.manifest import Manifest, ShardRecord
 from raydistill.cache.shards import read_inputs, read_records, read_signal
+from raydistill.config.recipes import LmLogitsRecipe
 from raydistill.config.schema import RunConfig
 from raydistill.config.teachers import TeacherConfig
 from raydistill.errors import VerificationFailed
@@ -124,10 +125,11 @@ def _check(
     store: Store, manifest: Manifest, parent: str | None, deeper: Callable[[ShardRecord], str | None]
 ) -> list[Damage]:
     found = [Damage(store.uri, MANIFEST, fault) for fault in manifest_faults(store, manifest, parent=parent)]
-    records, present = read_records(store), set(store.names())
+    broken: dict[str, str] = {}
+    records, present = read_records(store, broken=broken), set(store.names())
 
     def check(record: ShardRecord) -> str | None:
-        return file_fault(store, record, records, present) or deeper(record)
+        return broken.get(record.name) or file_fault(store, record, records, present) or deeper(record)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = pool.map(check, manifest.shards)
@@ -162,7 +164,8 @@ def audit_signal(
     damages = []
     tolerance = config.cache.audit_tolerance
     exact = manifest.facts.get("estimator") == "top_k"  # a sampled tail has noise, whose divergence is not zero
-    recipes = [phase.recipe for phase in config.phases if phase.recipe.alpha > 0] if exact else []
+    used = [p.recipe for p in config.phases if isinstance(p.recipe, LmLogitsRecipe) and p.recipe.uses_teacher]
+    recipes = used if exact else []
     agreements, differences, divergences = [], [], [0.0]
     for name, chosen in sample.items():
         rows, stored = read_inputs(inputs, name), read_signal(store, name)

@@ -73,7 +73,7 @@ def _phase(config: RunConfig, index: int) -> Iterator[str]:
 
 def _recipe(config: RunConfig, index: int) -> Iterator[str]:
     recipe, at = config.phases[index].recipe, f"phases.{index}.recipe"
-    if not recipe.uses_teacher:
+    if not isinstance(recipe, LmLogitsRecipe) or not recipe.uses_teacher:
         return
     used = [t for t in config.teachers if t.weight > 0]
     kinds = sorted({t.estimator.kind for t in used})

@@ -205,6 +205,13 @@ def test_an_unfinished_cache_is_named(tmp_path: Path) -> None:
         open_manifest(Store(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("content", [b'{"version": 1, "kind"', b"", b"\xff", b"[]", b'{"kind": "inputs"}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged: .*Remove this file"):
+        open_manifest(Store(tmp_path))
+
+
 def test_a_cache_of_another_format_is_refused(broken: ToyCaches) -> None:
     change_manifest(broken.inputs, version=99)
     with pytest.raises(CacheMismatch, match="version 99"):

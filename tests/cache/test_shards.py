@@ -145,6 +145,19 @@ def test_records_are_what_was_published(tmp_path: Path) -> None:
     assert read_records(Store(tmp_path / "nothing")) == {}
 
 
+def test_a_truncated_record_is_named(tmp_path: Path) -> None:
+    write(Store(tmp_path), make_signal(make_rows(5)))
+    write(Store(tmp_path), make_signal(make_rows(5)), "00001.parquet")
+    file = tmp_path / "records/00001.parquet.json"
+    for content in (file.read_bytes()[:-9], b"", b"\xff\xfe", b"[1]", b'{"name": "00001.parquet"}'):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"00001\.parquet\.json is damaged: .*Remove this file"):
+            read_records(Store(tmp_path))
+        broken: dict[str, str] = {}
+        assert list(read_records(Store(tmp_path), broken=broken)) == ["00000.parquet"]
+        assert list(broken) == ["00001.parquet"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 200 kB."""

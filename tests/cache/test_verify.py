@@ -25,7 +25,7 @@ from raydistill.cache.shards import (
 )
 from raydistill.cache.verify import Damage, require_sound, sample_rows, verify
 from raydistill.config.schema import RunConfig
-from raydistill.errors import VerificationFailed
+from raydistill.errors import DataError, VerificationFailed
 from raydistill.storage import Store
 
 
@@ -104,6 +104,7 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-30]), "truncated"),
     "flipped byte": (flip, "sha256"),
     "missing shard": (lambda f: f.unlink(), "shard is missing"),
+    "truncated record": (lambda f: (f.parent / "records" / f"{f.name}.json").write_text('{"name"'), "json is damaged"),
     "missing record": (lambda f: (f.parent / "records" / f"{f.name}.json").unlink(), "record is missing"),
 }
 
@@ -123,6 +124,21 @@ def test_damaged_files_are_named_and_repaired(built: Built, in_process: InProces
     assert cache_bytes(getattr(again, cache)) == before
     assert in_process.items == ([0] if cache == "inputs" else [name])
     assert check(again) == []
+
+
+def test_a_damaged_manifest_that_is_removed_as_told_comes_back_with_the_shards_kept(
+    built: Built, in_process: InProcess
+) -> None:
+    before = [cache_bytes(store) for store in (built.inputs, built.signal)]
+    for store in (built.inputs, built.signal):
+        file = Path(store.path("manifest.json"))
+        file.write_bytes(file.read_bytes()[:-50])
+        with pytest.raises(DataError, match=r"manifest\.json is damaged: .*Remove this file"):
+            build_all(built.config)
+        file.unlink()
+        again = build_all(built.config)
+    assert [cache_bytes(store) for store in (again.inputs, again.signal)] == before
+    assert not {record.name for record in built.signal_manifest.shards} & set(in_process.items)
 
 
 CONTENT_DAMAGES: dict[str, tuple[Callable[[SignalShard], SignalShard], str]] = {
