@@ -22,8 +22,11 @@ Kind: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
 
 
 def _times(p: Tensor, x: Tensor) -> Tensor:
-    """`p * x`, where a class of probability 0 counts 0 even when its logarithm is infinite."""
-    return torch.where(p > 0, p * x, 0.0)
+    """`p * x`, where a class of probability 0 counts 0 even when its logarithm is infinite.
+
+    A probability that is NaN is not 0: it reaches the loss, where it is noticed.
+    """
+    return torch.where(p == 0, 0.0, p * x)
 
 
 def _through_softmax(s: Tensor, h: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ def skew_kl(log_p: LogProbs, log_s: LogProbs, *, skew: float) -> ValueAndGradien
     """`KL(p‖m)` with `m = λ p + (1-λ) s`; `∂D/∂s = -(1-λ) p/m`. Source: Ko et al. 2024, arXiv 2402.03898, Eq. 3."""
     p, s = log_p.exp(), log_s.exp()
     m = skew * p + (1 - skew) * s
-    ratio = torch.where(m > 0, p / m, 0.0)
+    ratio = torch.where(m == 0, 0.0, p / m)
     return _times(p, log_p - m.log()).sum(-1), _through_softmax(s, -(1 - skew) * ratio)
 
 

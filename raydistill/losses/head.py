@@ -376,5 +376,5 @@ def _sampled_divergence(
     """`Σ t log(r/s)` over head and drawn ids: (value [chunk], `-t` at the ids, `Σt / Σe` per unit of `e` anywhere)."""
     draw = sampled(target, temperature=objective.temperature)
     log_s = z_spot / objective.temperature - base_sum.log()
-    value = torch.where(draw.weight > 0, draw.weight * (draw.log_r - log_s), 0.0).sum(-1)
+    value = torch.where(draw.weight == 0, 0.0, draw.weight * (draw.log_r - log_s)).sum(-1)
     return value, -draw.weight, draw.weight.sum(-1, keepdim=True) / base_sum

@@ -56,6 +56,17 @@ def test_scaled_jsd_becomes_kl_at_its_ends(beta, kind):
     torch.testing.assert_close(scaled, divergence(kind)(log_p, log_s)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_nan_on_either_side_reaches_the_value(kind, whose):
+    log_p, logits = _pair()
+    sides = [log_p, logits.log_softmax(-1)]
+    sides[whose][2, 3] = torch.nan
+    value, _ = divergence(kind)(*sides)
+    assert value[2].isnan()
+    assert value[[0, 1, 3, 4]].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd", "skew_kl"])
 def test_class_the_teacher_excludes_gives_no_nan(kind):
     log_p, logits = _pair()
