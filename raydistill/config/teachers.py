@@ -23,7 +23,8 @@ class HeadTailSample(Config):
 
     kind: Literal["head_tail_sample"]
     samples: int = Field(default=32, ge=1, le=255)
-    """Tokens drawn from the tail, with replacement; `top_k` is then the size of the exact head (0 is allowed)."""
+    """Tokens drawn from the tail, one per stratum: the tail is cut into this many parts of equal mass, so that a
+    probable token may be drawn several times. `top_k` is then the size of the exact head (0 is allowed)."""
     seed: int = 0
     """Base seed of the draws."""
 
@@ -47,9 +48,10 @@ class TopKLogitsTeacher(Config):
     codec: Literal["fp16", "u8"] = "fp16"
     """How log-probabilities and ids are stored: `fp16` loses nothing beyond fp16, `u8` is smaller and lossy."""
     batch_tokens: int = Field(default=8192, ge=1)
-    """Most tokens (padding included) in one teacher batch; a part of the cache's identity."""
+    """Most tokens (padding included) in one teacher batch; a longer row is a batch by itself. A part of the cache's
+    identity."""
     chunk_tokens: int = Field(default=1024, ge=1)
-    """Tokens whose full logits exist at one time."""
+    """Tokens whose full logits exist at one time; on a CPU at most 256. A part of the cache's identity."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -54,7 +54,7 @@ class OptimizerConfig(Config):
     schedule: Literal["constant", "linear", "cosine", "cosine_restarts"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up: step i (from 0) has (i + 1) / `warmup_steps` of the peak, so the first is not lost."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Last learning rate as a share of `lr` (linear and cosine schedules)."""
     restart_steps: int | None = Field(default=None, ge=1)
@@ -112,7 +112,8 @@ class ZeroConfig(Config):
     """DeepSpeed ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    """What is partitioned over the workers: nothing, optimizer state, + gradients, + parameters."""
+    """What is partitioned over the workers: nothing, optimizer state, + gradients, + parameters. With `precision:
+    bf16`, 0 runs as DeepSpeed's stage 1, since its bf16 optimizer takes a stray step at stage 0."""
     offload_optimizer: OffloadConfig | None = None
     """Offload optimizer state (stages 1 to 3)."""
     offload_parameters: OffloadConfig | None = None
