@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from pyarrow import fs
 from torch import Tensor, nn
 
 from raydistill.cache.loader import Loader, StepBatches
@@ -25,7 +22,7 @@ from raydistill.models.student import load_student
 from raydistill.recipes import RECIPES
 from raydistill.recipes.base import Recipe, TeacherView
 from raydistill.signals import Draws
-from raydistill.storage import Store
+from raydistill.storage import Store, local_folder
 from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.ema import Ema
 from raydistill.train.engine import Engine, ensure_process_group
@@ -197,15 +194,3 @@ def recompute_activations(student: nn.Module) -> None:
     for module in student.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
-
-
-@contextlib.contextmanager
-def local_folder(uri: str) -> Iterator[Path]:
-    """A folder or file as a local path; copied for as long as it is needed when it is on an object store."""
-    store = Store(uri)
-    if store.is_local:
-        yield Path(store.path())
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        fs.copy_files(store.path(), folder, source_filesystem=store.filesystem)
-        yield Path(folder)
