@@ -22,6 +22,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -55,12 +56,15 @@ TOKENIZER_FILES = (
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 NOT_ARCHITECTURE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
 """Keys of config.json that change neither the shape nor the result of a model."""
+ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+"""Where a model class of transformers says which implementations of attention it has; all have `eager`."""
 
 
 def load_language_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its weights, in evaluation mode on the CPU, in `dtype` (by default that of the configuration).
 
-    Raises `DataError` when the weights are missing, unreadable or do not fill the architecture.
+    Raises `DataError` when the weights are missing, unreadable or do not fill the architecture, `ConfigError` when it
+    does not have the wanted implementation of attention.
     """
     wanted = dtype or getattr(torch, model.dtype)
     if isinstance(model, PythonModel):
@@ -76,6 +80,7 @@ def load_language_model(model: ModelConfig, *, dtype: torch.dtype | None = None)
         raise DataError(f"{model.source}: wanted weights (*.safetensors), found {_listing(folder)}")
     load = cast("Callable[..., tuple[PreTrainedModel, dict[str, set[str]]]]", AutoModelForCausalLM.from_pretrained)
     with _explained(model.source):
+        _require_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True), model)
         loaded, info = load(
             folder, dtype=wanted, attn_implementation=model.attention, trust_remote_code=False, weights_only=True,
             local_files_only=True, output_loading_info=True,
@@ -90,12 +95,16 @@ def load_language_model(model: ModelConfig, *, dtype: torch.dtype | None = None)
 
 
 def language_config(model: ModelConfig) -> PreTrainedConfig:
-    """The architecture, with `overrides` applied; reads no weights of a folder or Hub model."""
+    """The architecture, with `overrides` applied; reads no weights of a folder or Hub model.
+
+    Raises `ConfigError` for unknown overrides, or when it does not have the wanted implementation of attention.
+    """
     if isinstance(model, PythonModel):
         return empty_language_model(model).config
     folder = _folder(model, None)
     with _explained(model.source):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _require_attention(config, model)
         return _overridden(config, model.overrides, model.source)
 
 
@@ -212,6 +221,16 @@ def _listing(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return f"only {', '.join(names[:8])}{more} in {folder}" if names else f"nothing in {folder}"
+
+
+def _require_attention(config: PreTrainedConfig, model: TransformersModel) -> None:
+    kind = cast("type[PreTrainedModel] | None", MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    flag = ATTENTION_FLAGS.get(model.attention)
+    if flag and kind is not None and not getattr(kind, flag, True):
+        raise ConfigError(
+            f"{model.source}: wanted attention: {model.attention}, which transformers does not have for "
+            f"{kind.__name__}; set attention: eager for this model."
+        )
 
 
 def _overridden(config: PreTrainedConfig, overrides: Mapping[str, JsonValue], source: str) -> PreTrainedConfig:

@@ -52,6 +52,18 @@ def test_a_folder_gives_back_the_saved_weights_ready_for_evaluation(folder: Path
     assert load_language_model(config(folder, dtype="bfloat16"), dtype=torch.float32).dtype == torch.float32
 
 
+def test_an_architecture_without_the_wanted_attention_is_told_what_to_set(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
+    small = Gemma2Config(**shape, num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager")
+    Gemma2ForCausalLM(small).save_pretrained(tmp_path / "gemma")
+    for load in (load_language_model, language_config, empty_language_model):
+        with pytest.raises(ConfigError, match=r"attention: sdpa.* Gemma2ForCausalLM; set attention: eager"):
+            load(config(tmp_path / "gemma"))
+    assert load_language_model(config(tmp_path / "gemma", attention="eager")).config._attn_implementation == "eager"
+
+
 def test_the_empty_model_has_the_names_and_shapes_and_no_memory(folder: Path) -> None:
     empty = empty_language_model(config(folder))
     full = load_language_model(config(folder))
