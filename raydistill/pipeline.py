@@ -1,7 +1,7 @@
 """The stages of a run, in order; each one is skipped when its result is there.
 
-inputs → signals → verify → init → train → evaluate → checklist → export → report. Whatever a stage makes lies in the run
-folder or in the caches, and the next stage reads it from there, so a run can stop anywhere and go on later.
+inputs → signals → verify → init → train → evaluate → checklist → export → report. Whatever a stage makes lies in the
+run folder or in the caches, and the next stage reads it from there, so a run can stop anywhere and go on later.
 """
 
 from __future__ import annotations
@@ -87,10 +87,25 @@ class Run:
         self.store.publish("stages.json", json.dumps(self.stages, indent=1))
 
     def spent(self, stage: str, seconds: float) -> None:
-        """Add to the time that `stage` took over all the commands of this run."""
-        before = self.stages.get(stage, {}).get("seconds", 0.0)
-        assert isinstance(before, float | int)
-        self.record(stage, seconds=round(before + seconds, 2))
+        """Add to the time that `stage` took over all the commands of this run, and to that of its GPUs."""
+        for key, more in {"seconds": seconds, "gpu_seconds": self._gpu_seconds(stage, seconds)}.items():
+            before = self.stages.get(stage, {}).get(key, 0.0)
+            assert isinstance(before, float | int)
+            if key == "seconds" or before + more > 0:
+                self.record(stage, **{key: round(before + more, 2)})
+
+    def _gpu_seconds(self, stage: str, seconds: float) -> float:
+        """Seconds of all the GPUs that `stage` asked for while it ran just now; of a pool that grows, of the most."""
+        train, teacher = self.config.resources.train, self.config.resources.teacher
+        if stage == "train":
+            return seconds * train.gpus * (train.workers if isinstance(train.workers, int) else train.workers[1])
+        if stage == "evaluate":  # one worker's share: `on_train_hardware`
+            return seconds * train.gpus
+        if stage != "signals" or teacher.gpus == 0:
+            return 0.0
+        builds = [b for store, _ in self.signals.values() for b in json.loads(store.read_text("build.json"))]
+        now = [build for build in builds if build["started"] > time.time() - seconds - 1]
+        return teacher.gpus * sum(b["seconds"] * min(b["actors"][1], max(1, len(b["shards"]))) for b in now)
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` was finished on just this basis."""
@@ -137,7 +152,9 @@ class Run:
         """URI of the weights that phase `index` hands to the next phase, to evaluation and to export."""
         phase, folder = self.phases(group)[index]
         if not self.store.exists(f"{folder}/final/phase.json"):
-            raise ConfigError(f"phase {phase.name!r} is not trained yet ({self.store.uri}/{folder}); run --stages train")
+            raise ConfigError(
+                f"phase {phase.name!r} is not trained yet ({self.store.uri}/{folder}); run --stages train"
+            )
         if kind == "ema":
             return f"{self.store.uri}/{folder}/final/ema.safetensors"
         return f"{self.store.uri}/{folder}/{'best' if phase.checkpoint.best_metric else 'final'}"
@@ -267,7 +284,10 @@ def _with_exports(config: RunConfig) -> RunConfig:
 
     def replaced(value: JsonValue) -> JsonValue:
         if isinstance(value, dict):
-            return {k: folder(v) if k in ("source", "tokenizer") and isinstance(v, str) else replaced(v) for k, v in value.items()}
+            return {
+                k: folder(v) if k in ("source", "tokenizer") and isinstance(v, str) else replaced(v)
+                for k, v in value.items()
+            }
         return [replaced(v) for v in value] if isinstance(value, list) else value
 
     dumped = config.model_dump(mode="json")
@@ -305,9 +325,7 @@ def _flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
         yield from _flat(f"{key}.{name}" if key else str(name), child)
 
 
-def _differences(
-    old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]
-) -> list[tuple[str, JsonValue, JsonValue]]:
+def _differences(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> list[tuple[str, JsonValue, JsonValue]]:
     keys = sorted({*old, *new})
     return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
 
@@ -338,7 +356,9 @@ def _key(*parts: JsonValue) -> str:
 
 def _checklist(run: Run, asked: bool) -> None:
     if asked:
-        print("checklist: language models have no checklist; the comparison in metrics.json is their result", flush=True)
+        print(
+            "checklist: language models have no checklist; the comparison in metrics.json is their result", flush=True
+        )
 
 
 def _export(run: Run, asked: bool) -> None:

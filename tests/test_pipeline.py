@@ -6,18 +6,21 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from toys import save_model, tiny_llama
 
-import ray
 from raydistill import pipeline
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError, VerificationFailed
+from raydistill.storage import Store
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards hum old songs by the quiet river".split()
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards hum old songs by the quiet river"
+WORDS = TEXT.split()
 
 
 def tiny_config(folder: Path, **changes: object) -> RunConfig:
@@ -116,8 +119,22 @@ def test_same_command_again_does_nothing_but_the_report(finished: tuple[Path, Ru
     assert changed <= {"run/config.json", "run/stages.json", "run/metrics.json", "run/report.html"}
 
 
+def test_time_of_gpus_is_that_of_all_the_gpus_a_stage_asked_for(tmp_path: Path) -> None:
+    resources = {"train": {"workers": 4, "gpus": 1}, "teacher": {"actors": [1, 8], "gpus": 0.5}}
+    this = pipeline.Run(tiny_config(tmp_path, resources=resources))
+    old, new = (
+        {"started": time.time() - age, "seconds": 6.0, "actors": [1, 8], "shards": ["a"] * 3} for age in (99, 7)
+    )
+    (tmp_path / "build.json").write_text(json.dumps([old, new]))
+    this.signals = {"toy": (Store(tmp_path), None)}  # type: ignore[dict-item]
+    for stage in ("inputs", "signals", "train", "train", "evaluate"):
+        this.spent(stage, 10.0)
+    found = {stage: facts.get("gpu_seconds") for stage, facts in this.stages.items()}
+    assert found == {"inputs": None, "signals": 9.0, "train": 80.0, "evaluate": 10.0}
+
+
 def test_stage_without_its_prerequisite_is_refused(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:
-    folder, config = finished
+    _, config = finished
     elsewhere = config.model_copy(update={"run_dir": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match="run the stage `init` first"):
         pipeline.run(elsewhere, ("train",))
