@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 def connect(config: RunConfig) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine; a run never joins a cluster by accident."""
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; a run joins none by accident."""
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -47,5 +47,8 @@ def on_train_hardware(config: RunConfig, function: Callable[P, R], *args: P.args
     if wanted.workers == 0:
         return function(*args, **kwargs)
     connect(config)
-    task = ray.remote(num_cpus=wanted.cpus, num_gpus=wanted.gpus, accelerator_type=wanted.accelerator)(function)
+    options: dict[str, Any] = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
+    if wanted.accelerator:
+        options["accelerator_type"] = wanted.accelerator
+    task = ray.remote(**options)(function)
     return ray.get(task.remote(*args, **kwargs))

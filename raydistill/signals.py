@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raydistill.errors import SignalMismatch
 
-JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 Batch: TypeAlias = Mapping[str, Tensor]
 """Tensors by name; the leading axis counts samples."""
 

@@ -1,4 +1,4 @@
-"""Kills, each followed by the same command, end in the same bytes as a run that nobody disturbed; and jobs, and twins."""
+"""Kills, each followed by the same command, end in the same bytes as a run that nobody disturbed; jobs; twins."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def write_config(problem: Path, folder: Path, *, workers: int = 0, actors: tuple
 def start(config: Path, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "raydistill.run", str(config)]
     log = (config.parent / "log.txt").open("a")
-    return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=ENVIRONMENT | environment, cwd=config.parent)
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, text=True, env=ENVIRONMENT | environment, cwd=config.parent
+    )
 
 
 def finish(config: Path, **environment: str) -> None:
@@ -136,7 +138,9 @@ def test_ray_node_killed_in_the_teacher_stage_and_in_training(
 
     calm = tmp_path / "calm"
     finish(write_config(problem, calm, workers=2, actors=(2, 2)))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port()})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port()}
+    )
     try:
         config = write_config(problem, tmp_path / "rough", workers=2, actors=(2, 2))
         points: list[Callable[[], bool]] = [

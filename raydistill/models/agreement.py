@@ -16,15 +16,16 @@ def check_vocabularies(config: RunConfig) -> None:
     num_ids = effective_vocab_size(tokenizer)
     seen: list[ModelConfig] = []
     for key, model in models.items():
-        # Models of the user's own function have no tokenizer, and building them may be dear; their heads are checked later.
+        # Models of the user's own function have no tokenizer, and building them may be dear: checked later.
         if not isinstance(model, TransformersModel) or model in seen:
             continue
         seen.append(model)
         rows = int(language_config(model).get_text_config().vocab_size)
         if rows < num_ids:
             raise ConfigError(
-                f"{key} ({model.source}) knows {rows:,} ids, source.tokenizer ({config.source.tokenizer}) has {num_ids:,}. "
-                "Teachers, student and source need one tokenizer: name that of the teacher, and a student with room for it."
+                f"{key} ({model.source}) knows {rows:,} ids, source.tokenizer ({config.source.tokenizer}) has "
+                f"{num_ids:,}. Teachers, student and source need one tokenizer: name that of the teacher, and a "
+                "student with room for it."
             )
         if model.source == config.source.tokenizer:
             continue

@@ -21,7 +21,12 @@ def config(tokenizer: Path, teacher: Path, student: Path) -> RunConfig:
             "teachers": [{"name": "toy", "model": {"library": "transformers", "source": str(teacher)}}],
             "student": {"model": {"library": "transformers", "source": str(student)}},
             "phases": [
-                {"name": "a", "steps": 1, "batch": {"global_size": 1, "micro_size": 1}, "optimizer": {"student": {"lr": 1}}}
+                {
+                    "name": "a",
+                    "steps": 1,
+                    "batch": {"global_size": 1, "micro_size": 1},
+                    "optimizer": {"student": {"lr": 1}},
+                }
             ],
         }
     )
