@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import ray
 
+from raydistill.cache.build import require_cluster
 from raydistill.config.paths import require_shared_folder
-from raydistill.config.schema import RunConfig
+from raydistill.config.schema import RunConfig, TeacherResources, TrainResources
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,7 +29,10 @@ def connect(config: RunConfig) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # The driver shows the progress of every stage itself; what workers print goes to Ray's own logs.
+    polite_kill = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, polite_kill)  # Ray puts a plain exit in its place
     require_shared_folder(config, num_nodes=sum(node["Alive"] for node in ray.nodes()))
 
 
@@ -43,12 +49,34 @@ def session() -> Iterator[None]:
 
 def on_train_hardware(config: RunConfig, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call `function` where the student trains: here with `workers: 0`, else on one worker's share of the cluster."""
-    wanted = config.resources.train
-    if wanted.workers == 0:
+    share = config.resources.train
+    if share.workers == 0:
         return function(*args, **kwargs)
+    return _on_cluster(config, "resources.train", share, function, *args, **kwargs)
+
+
+def on_teacher_hardware(config: RunConfig, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `function` where a teacher runs: here when teachers need no GPU, else on one actor's share of the cluster.
+
+    The process ends with the call, and with it the teacher's hold on the GPU.
+    """
+    share = config.resources.teacher
+    if share.gpus == 0:
+        return function(*args, **kwargs)
+    return _on_cluster(config, "resources.teacher", share, function, *args, **kwargs)
+
+
+def _on_cluster(
+    config: RunConfig,
+    key: str,
+    share: TrainResources | TeacherResources,
+    function: Callable[P, R],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> R:
     connect(config)
-    options: dict[str, Any] = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
-    if wanted.accelerator:
-        options["accelerator_type"] = wanted.accelerator
-    task = ray.remote(**options)(function)
-    return ray.get(task.remote(*args, **kwargs))
+    require_cluster(key, 1, share.cpus, share.gpus, share.accelerator)
+    options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_calls": 1}
+    if share.accelerator:
+        options["accelerator_type"] = share.accelerator
+    return ray.get(ray.remote(**options)(function).remote(*args, **kwargs))

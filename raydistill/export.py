@@ -26,7 +26,7 @@ from raydistill.evaluate.stage import student_of
 from raydistill.models.load import load_tokenizer
 from raydistill.models.student import COMPACT, export_student
 from raydistill.signals import JsonValue
-from raydistill.storage import Store
+from raydistill.storage import Store, full_disk_explained, readable_by_others
 
 FOLDER = "export"
 COLUMNS = {
@@ -123,7 +123,8 @@ def export_run(config: RunConfig, run: Store, *, weights: str) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     part = parent / f".tmp-{FOLDER}-{uuid.uuid4().hex[:8]}"
     try:
-        _write(config, run, weights, part)
+        with full_disk_explained(part):
+            _write(config, run, weights, part)
         if run.is_local:
             _replace(part, parent / FOLDER)
         else:
@@ -140,6 +141,9 @@ def _write(config: RunConfig, run: Store, weights: str, folder: Path) -> None:
     export_student(model, folder, dtype=getattr(torch, config.student.model.dtype))
     load_tokenizer(config.source.tokenizer).save_pretrained(folder)
     (folder / "README.md").write_text(model_card(config, _metrics(run), has_compact=(folder / COMPACT).exists()))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            readable_by_others(path)
 
 
 def _replace(part: Path, final: Path) -> None:

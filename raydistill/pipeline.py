@@ -25,7 +25,7 @@ from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.manifest import Manifest, fingerprint_of
 from raydistill.cache.read import open_manifest
 from raydistill.cache.verify import require_sound, verify
-from raydistill.cluster import connect, on_train_hardware, session
+from raydistill.cluster import connect, on_teacher_hardware, on_train_hardware, session
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
@@ -206,7 +206,7 @@ def _verify(run: Run, asked: bool) -> None:
     key = _key(manifest.model_dump(mode="json"), *(m.model_dump(mode="json") for _, m in run.signals.values()))
     if run.is_done("verify", key) and not asked:
         return
-    require_sound(verify(run.config, inputs, manifest, run.signals))
+    require_sound(on_teacher_hardware(run.config, verify, run.config, inputs, manifest, run.signals))
     run.record("verify", key=key)
 
 

@@ -29,7 +29,7 @@ stages, in order:
 
 examples:
   raydistill configs/quickstart.yaml
-  raydistill configs/lm_topk.yaml configs/size/8xh100.yaml phases.0.recipe.alpha=0.5
+  raydistill configs/lm_topk.yaml my_cluster.yaml phases.0.recipe.alpha=0.5
   raydistill configs/lm_topk.yaml --check
   raydistill configs/lm_topk.yaml --plan plan.accelerator=H200
   raydistill configs/lm_topk.yaml --stages verify

@@ -83,12 +83,11 @@ class Store:
             final.parent.mkdir(parents=True, exist_ok=True)
             part = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
             try:
-                _write(part, write)
-                _sync(part)
-                os.replace(part, final)
-                _sync(final.parent)
-            except OSError as error:
-                raise _explained(error, str(final)) from error
+                with full_disk_explained(final):
+                    _write(part, write)
+                    _sync(part)
+                    os.replace(part, final)
+                    _sync(final.parent)
             finally:
                 part.unlink(missing_ok=True)
             return
@@ -146,6 +145,7 @@ def _write(path: Path, write: bytes | str | Callable[[Path], None]) -> None:
         write(path)
     else:
         path.write_bytes(write.encode() if isinstance(write, str) else write)
+    readable_by_others(path)
 
 
 def _sync(path: Path) -> None:
@@ -156,10 +156,23 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _explained(error: OSError, path: str) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return OutOfSpace(
+@contextlib.contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Raise `OutOfSpace` in place of what writers raise when the disk is full (safetensors has an error of its own)."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left" not in str(error):
+            raise
+        raise OutOfSpace(
             f"cannot write {path}: the disk is full. Everything written before is kept; "
             "make room (or point run_dir or cache.dir elsewhere) and run the same command again."
-        )
-    return error
+        ) from error
+
+
+def readable_by_others(path: Path) -> None:
+    """Give a file the permissions of any new file: some writers make theirs readable by their user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -151,6 +151,9 @@ def _forget_after(store: Store, step: int) -> set[int]:
         for name in (store / part).names():
             if _step(name) > step:
                 (store / part).delete(name)
+    best = store / BEST
+    if best.exists(BEST_RECORD) and int(json.loads(best.read_text(BEST_RECORD))["step"]) > step:
+        best.delete(BEST_RECORD)  # those weights are of a branch that is done again, perhaps with another optimizer
     return {_step(name) for name in (store / EVALUATIONS).names()}
 
 

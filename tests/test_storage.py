@@ -1,0 +1,49 @@
+"""Files appear whole, readable, and a full disk is said in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from raydistill.errors import OutOfSpace
+from raydistill.storage import Store, full_disk_explained
+
+
+def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    Store(tmp_path).publish("w.safetensors", lambda path: save_file({"w": torch.ones(2)}, path))
+    assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_is_said_in_words_and_leaves_the_old_file(tmp_path: Path, error: Exception) -> None:
+    store = Store(tmp_path)
+    store.publish("file", "old")
+
+    def fails(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    with pytest.raises(OutOfSpace, match="disk is full"):
+        store.publish("file", fails)
+    assert store.read_text("file") == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="no"), full_disk_explained(tmp_path):
+        raise PermissionError("no")
