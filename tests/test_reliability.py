@@ -29,7 +29,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with teacher and text that every run of this module reads."""
     folder = tmp_path_factory.mktemp("problem")
     save_model(tiny_llama(layers=4, hidden=64), folder / "teacher")
-    lines = [" ".join(WORDS[(i * 7 + j * (1 + i % 5)) % len(WORDS)] for j in range(6 + i % 9)) for i in range(900)]
+    lines = [" ".join(WORDS[(i * 7 + j * (1 + i % 5)) % len(WORDS)] for j in range(6 + i % 9)) for i in range(300)]
     (folder / "text.txt").write_text("\n".join(lines))
     return folder
 
@@ -64,12 +64,14 @@ def finish(config: Path, **environment: str) -> None:
     assert status == 0, (config.parent / "log.txt").read_text()[-3000:]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 400) -> None:
     """Until `condition` holds; fails when the run ends first, since then nothing would be disturbed."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended before it could be disturbed"
-        assert time.monotonic() < deadline, "the run never came to the point where it was to be disturbed"
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("the run never came to the point where it was to be disturbed")
         time.sleep(0.02)
 
 
