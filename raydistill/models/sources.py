@@ -195,7 +195,7 @@ def _downloaders(requirement: str, folder: Path) -> list[tuple[str, list[str]]]:
     """
     options = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
     commands = []
-    if importlib.util.find_spec("pip") is not None:
+    if _has_pip(sys.executable):
         commands.append(("pip of this environment", [sys.executable, "-m", "pip", *options]))
     beside = Path(sys.executable).with_name("uv")
     uv = os.environ.get("UV") or (str(beside) if beside.exists() else shutil.which("uv"))
@@ -212,4 +212,6 @@ def _downloaders(requirement: str, folder: Path) -> list[tuple[str, list[str]]]:
 
 
 def _has_pip(python: str) -> bool:
+    # Asked in a process of its own: so much as looking for pip makes setuptools give up its distutils for good in the
+    # process that looks, and DeepSpeed, which compiles through setuptools, would fail there later.
     return subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0

@@ -168,3 +168,14 @@ def test_other_schemes_are_refused() -> None:
         resolve_source("s3://bucket/model")
     with pytest.raises(ConfigError, match="export of another run"):
         resolve_source("run://configs/x.yaml")
+
+
+def test_looking_for_pip_leaves_setuptools_usable() -> None:
+    code = (
+        "from pathlib import Path\n"
+        "from raydistill.models.sources import _downloaders\n"
+        "assert _downloaders('x==1', Path())\n"
+        "import setuptools"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
