@@ -13,9 +13,15 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Processes that tests start (Ray's included) can import `toys`, for models with `library: python`.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
+import signal
 import tempfile
+import threading
 
 import pytest
+
+# Shells start background jobs with Ctrl-C ignored, and processes pass that on; tests of interrupts must hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
