@@ -82,8 +82,12 @@ def trained(folder: Path) -> int:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Hashes of what must not depend on kills: all cache files but build.json, and the trained weights."""
-    caches = [p for p in folder.joinpath("cache").rglob("*") if p.is_file() and p.name != "build.json"]
+    """Hashes of what must not depend on kills: all cache files but build.json, and the trained weights.
+
+    What a killed writer was writing keeps its temporary name, under which nobody ever reads it.
+    """
+    files = [p for p in folder.joinpath("cache").rglob("*") if p.is_file() and not p.name.startswith(".tmp-")]
+    caches = [p for p in files if p.name != "build.json"]
     weights = [folder / f"run/phases/distil/final/{name}.safetensors" for name in ("model", "ema")]
     hashes = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in [*caches, *weights]}
     assert any(name.endswith("manifest.json") for name in hashes)
