@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,6 +172,14 @@ def test_ray_node_killed_in_the_teacher_stage_and_in_training(
     assert content(tmp_path / "rough") == content(calm)
 
 
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[str]:
     """A Ray head with a job server on ports of its own, as `ray start --head` makes it; its address."""
@@ -180,8 +189,14 @@ def head(tmp_path: Path) -> Iterator[str]:
     command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
     try:
-        yield f"http://127.0.0.1:{dashboard}"
+        deadline = time.monotonic() + 180
+        while not answers(f"{address}/api/version"):
+            assert process.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.5)
+        yield address
     finally:
         process.terminate()
         process.wait(timeout=60)
@@ -192,13 +207,7 @@ def test_job_submitted_to_a_running_cluster(problem: Path, undisturbed: Path, tm
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--address", head, "--working-dir", str(config.parent), "--"]
     command += [sys.executable, "-m", "raydistill.run", config.name]
-    deadline = time.monotonic() + 400
-    while True:  # the job server answers some seconds after the head is up
-        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-        if done.returncode == 0 or "Failed to connect" not in done.stdout + done.stderr:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(1)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "perplexity" in done.stdout
     assert content(tmp_path / "job") == content(undisturbed)
