@@ -8,18 +8,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from raydistill.config.recipes import LmLogitsRecipe
-from raydistill.config.teachers import TopKLogitsTeacher
+from raydistill.config.base import Config
+from raydistill.config.models import DiffusersModel
+from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe
+from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.teachers import NoisePredictionTeacher, TopKLogitsTeacher
 
 if TYPE_CHECKING:
     from raydistill.config.schema import RunConfig
 
-RESERVED_TEACHERS = ("inputs", "student", "student_init", "student_ce", "comparison")
+RESERVED_TEACHERS = ("inputs", "average", "student", "student_init", "student_ce", "comparison")
 """Names that caches and metrics.json use for other things than a teacher."""
 RESERVED_PHASES = ("baseline",)
 """Names that the run folder uses for other things than a phase."""
-PLAYERS = {LmLogitsRecipe: ("student",)}
+PLAYERS = {LmLogitsRecipe: ("student",), NoisePredictionRecipe: ("student",)}
 """The networks that each recipe trains, each of which needs an optimizer."""
+SIGNALS: dict[type[Config], type[Config]] = {
+    LmLogitsRecipe: TopKLogitsTeacher,
+    NoisePredictionRecipe: NoisePredictionTeacher,
+}
+"""The signal that each recipe reads."""
+RECIPES_OF: dict[type[Config], type[Config]] = {TextSource: LmLogitsRecipe, ImagesSource: NoisePredictionRecipe}
+"""The recipe that learns from each kind of source."""
 
 
 def problems(config: RunConfig) -> list[str]:
@@ -27,6 +37,8 @@ def problems(config: RunConfig) -> list[str]:
     return [
         *_names(config),
         *_weights(config),
+        *_kinds(config),
+        *_average(config),
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
         *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
         *_resources(config),
@@ -48,8 +60,38 @@ def _names(config: RunConfig) -> Iterator[str]:
 
 def _weights(config: RunConfig) -> Iterator[str]:
     uses_teachers = any(p.recipe.uses_teacher for p in config.phases)
-    if uses_teachers and sum(t.weight for t in config.teachers) == 0:
+    if uses_teachers and not config.teachers:
+        yield "teachers: a phase learns from teachers and there is none; add one, or set the recipe's alpha to 0."
+    elif uses_teachers and sum(t.weight for t in config.teachers) == 0:
         yield "teachers.0.weight: every teacher has weight 0; wanted at least one above 0."
+
+
+def _kinds(config: RunConfig) -> Iterator[str]:
+    """Source, teachers, student and recipes of one kind of model."""
+    kind = config.source.kind
+    recipe = RECIPES_OF[type(config.source)]
+    for index, phase in enumerate(config.phases):
+        if not isinstance(phase.recipe, recipe):
+            yield f"phases.{index}.recipe.kind: {phase.recipe.kind} does not learn from a source of kind {kind}."
+    for index, teacher in enumerate(config.teachers):
+        if not isinstance(teacher, SIGNALS[recipe]):
+            yield f"teachers.{index}.signal: source.kind {kind} does not feed {teacher.signal} teachers."
+    if isinstance(config.student.model, DiffusersModel) != isinstance(config.source, ImagesSource):
+        yield f"student.model.library: source.kind {kind} does not train models of {config.student.model.library}."
+
+
+def _average(config: RunConfig) -> Iterator[str]:
+    if config.cache.store == "each":
+        return
+    for index, phase in enumerate(config.phases):
+        recipe = phase.recipe
+        if isinstance(recipe, LmLogitsRecipe):
+            yield "cache.store: average is for predictions of denoisers; set cache.store: each."
+        elif recipe.uses_teacher and (recipe.loss != "mse" or recipe.taps):
+            yield (
+                f"phases.{index}.recipe: with cache.store: average, wanted loss mse without taps, whose gradient alone is "
+                f"that to the average, found {recipe.loss}{' with taps' if recipe.taps else ''}; set cache.store: each."
+            )
 
 
 def _phase(config: RunConfig, index: int) -> Iterator[str]:
@@ -73,14 +115,24 @@ def _phase(config: RunConfig, index: int) -> Iterator[str]:
 
 def _recipe(config: RunConfig, index: int) -> Iterator[str]:
     recipe, at = config.phases[index].recipe, f"phases.{index}.recipe"
+    if isinstance(recipe, NoisePredictionRecipe):
+        yield from _taps(config, recipe, at)
     if not isinstance(recipe, LmLogitsRecipe) or not recipe.uses_teacher:
         return
-    used = [t for t in config.teachers if t.weight > 0]
+    used = [t for t in config.teachers if t.weight > 0 and isinstance(t, TopKLogitsTeacher)]
     kinds = sorted({t.estimator.kind for t in used})
     if len(kinds) > 1:
         yield f"{at}: the teachers of a phase need one estimator, found {' and '.join(kinds)}; set one estimator.kind."
     for teacher in used:
         yield from _signal(recipe, teacher, at)
+
+
+def _taps(config: RunConfig, recipe: NoisePredictionRecipe, at: str) -> Iterator[str]:
+    kept = {t.name: sorted(t.taps) for t in config.teachers if isinstance(t, NoisePredictionTeacher)}
+    for index, rule in enumerate(recipe.taps):
+        if rule.tap not in kept.get(rule.teacher, []):
+            known = "; ".join(f"{name}: {', '.join(taps) or 'none'}" for name, taps in kept.items()) or "none"
+            yield f"{at}.taps.{index}: teacher {rule.teacher!r} keeps no tap {rule.tap!r}; kept are {known}."
 
 
 def _signal(recipe: LmLogitsRecipe, teacher: TopKLogitsTeacher, at: str) -> Iterator[str]:

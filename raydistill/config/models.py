@@ -43,7 +43,31 @@ class PythonModel(Config):
     """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
 
 
-ModelConfig = Annotated[TransformersModel | PythonModel, Field(discriminator="library")]
+LanguageModelConfig = Annotated[TransformersModel | PythonModel, Field(discriminator="library")]
+
+
+class DiffusersModel(Config):
+    """A denoiser that diffusers can load: a UNet or a diffusion transformer."""
+
+    library: Literal["diffusers"]
+    source: str
+    """Hub id, folder of a whole pipeline or of the denoiser alone, single `.safetensors` file, `package://…`, `pypi://…`
+    or `run://config.yaml` (the export of another run)."""
+    subfolder: str | None = None
+    """Folder of the denoiser inside `source`; by default `unet` or `transformer` where it is there, else `source` itself."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    scheduler: str | None = None
+    """Folder or file of the scheduler's configuration, which says what the model predicts and under which noise schedule;
+    by default `scheduler/` inside `source`, or `scheduler_config.json` beside the denoiser."""
+    dtype: Dtype = "bfloat16"
+    """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
+    overrides: dict[str, JsonValue] = Field(default={})
+    """Keys of the model's own configuration to replace, e.g. `layers_per_block: 1`. Only with `init.kind: random` or
+    `blocks`."""
+
+
+ModelConfig = Annotated[TransformersModel | PythonModel | DiffusersModel, Field(discriminator="library")]
 
 
 class PretrainedInit(Config):
@@ -97,8 +121,19 @@ class SharedCoreInit(Config):
     """Rank of each expert's wrapper."""
 
 
+class BlocksInit(Config):
+    """Start a UNet of fewer blocks (`student.model.overrides`) from the weights of the blocks that are kept.
+
+    Weights are copied by name; a block that loses layers keeps its first ones, an up block also its last, whose input
+    has the width of the skip connection. Source: Kim et al. 2023, arXiv 2305.15798.
+    """
+
+    kind: Literal["blocks"]
+
+
 InitConfig = Annotated[
-    PretrainedInit | CheckpointInit | RandomInit | LayersInit | SharedCoreInit, Field(discriminator="kind")
+    PretrainedInit | CheckpointInit | RandomInit | LayersInit | SharedCoreInit | BlocksInit,
+    Field(discriminator="kind"),
 ]
 
 
@@ -114,9 +149,22 @@ class StudentConfig(Config):
 
     @model_validator(mode="after")
     def _overrides(self) -> Self:
-        if isinstance(self.model, TransformersModel) and self.model.overrides and not isinstance(self.init, RandomInit):
+        if isinstance(self.model, PythonModel) or not self.model.overrides:
+            return self
+        if not isinstance(self.init, RandomInit | BlocksInit):
             raise ValueError(
                 f"model.overrides: wanted none with init.kind: {self.init.kind}, whose weights fix the architecture, "
-                f"found {sorted(self.model.overrides)}; remove them, or use init.kind: random, or layers."
+                f"found {sorted(self.model.overrides)}; remove them, or use init.kind: random, layers (language "
+                "models) or blocks (denoisers)."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _library(self) -> Self:
+        denoiser = isinstance(self.model, DiffusersModel)
+        if isinstance(self.init, BlocksInit if not denoiser else LayersInit | SharedCoreInit):
+            wanted = "random, pretrained, checkpoint or blocks" if denoiser else "another kind: blocks is for denoisers"
+            raise ValueError(
+                f"init.kind: a model of library {self.model.library} wants {wanted}, found {self.init.kind}."
             )
         return self

@@ -11,9 +11,9 @@ import glob
 import os
 from pathlib import Path
 
-from raydistill.config.models import CheckpointInit, ModelConfig, StudentConfig, TransformersModel
+from raydistill.config.models import CheckpointInit, DiffusersModel, ModelConfig, PythonModel, StudentConfig
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import TextSource
+from raydistill.config.sources import ImagesSource, SourceConfig, TextSource, VaeConfig
 from raydistill.errors import ConfigError
 
 
@@ -96,11 +96,19 @@ def _normal(path: Path) -> Path:
     return Path(os.path.normpath(path))
 
 
-def _source(source: TextSource) -> TextSource:
+def _source(source: SourceConfig) -> SourceConfig:
+    paths = tuple(read(path) for path in source.paths)
+    if isinstance(source, ImagesSource):
+        vae, encoders = source.vae, source.text_encoders
+        if isinstance(vae, VaeConfig):
+            vae = vae.model_copy(update={"source": source_or_id(vae.source)})
+        encoders = tuple(e.model_copy(update={"source": source_or_id(e.source)}) for e in encoders)
+        return source.model_copy(update={"paths": paths, "vae": vae, "text_encoders": encoders})
+    assert isinstance(source, TextSource)
     dataset = source.dataset
     return source.model_copy(
         update={
-            "paths": tuple(read(path) for path in source.paths),
+            "paths": paths,
             "tokenizer": source_or_id(source.tokenizer),
             "dataset": dataset and dataset.model_copy(update={"id": source_or_id(dataset.id)}),
         }
@@ -108,9 +116,12 @@ def _source(source: TextSource) -> TextSource:
 
 
 def _model(model: ModelConfig) -> ModelConfig:
-    if isinstance(model, TransformersModel):
-        return model.model_copy(update={"source": source_or_id(model.source)})
-    return model
+    if isinstance(model, PythonModel):
+        return model
+    update = {"source": source_or_id(model.source)}
+    if isinstance(model, DiffusersModel) and model.scheduler is not None:
+        update["scheduler"] = source_or_id(model.scheduler)
+    return model.model_copy(update=update)
 
 
 def _student(student: StudentConfig) -> StudentConfig:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from raydistill.config.base import Config
+from raydistill.config.base import Config, tag_defaults_to
 
 
 class LmLogitsRecipe(Config):
@@ -46,4 +46,57 @@ class LmLogitsRecipe(Config):
         return self.model_copy(update={"alpha": 0.0})
 
 
-RecipeConfig = LmLogitsRecipe
+class TapRule(Config):
+    """Features of a student's module are drawn towards those that a teacher kept."""
+
+    teacher: str
+    """Name of the teacher."""
+    tap: str
+    """Name of one of its `taps`."""
+    student: str
+    """Path of the student's module, e.g. `mid_block`. Where widths differ, a trained linear map (1×1 convolution) leads
+    from the student's features to the teacher's."""
+    weight: float = Field(default=1.0, gt=0)
+    """Factor on the mean squared difference."""
+
+
+class NoisePredictionRecipe(Config):
+    """`(1-alpha) plain diffusion loss + alpha Σ_t w_t distance to teacher t` of a denoiser."""
+
+    kind: Literal["noise_prediction"]
+    alpha: float = Field(default=1.0, ge=0, le=1)
+    """Share of the teachers. 0 is plain diffusion training, which reads no teacher signal and draws noise and timesteps
+    anew in every step."""
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """Distance between predictions."""
+    delta: float = Field(default=1.0, gt=0)
+    """Difference beyond which `huber` and `smooth_l1` grow linearly."""
+    timestep_weighting: Literal["constant", "snr", "min_snr"] = "constant"
+    """Weight of a sample by its signal-to-noise ratio, stated for the clean latents: `snr` weighs their error by the ratio
+    and `min_snr` by min(ratio, `snr_gamma`); `constant` leaves the error of what is predicted as it is."""
+    snr_gamma: float = Field(default=5.0, gt=0)
+    """Limit of `min_snr`."""
+    taps: tuple[TapRule, ...] = ()
+    """Block features to match besides."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the recipe reads a teacher's signal."""
+        return self.alpha > 0
+
+    def without_teacher(self) -> Self:
+        """The same recipe learning from the data alone: what the distilled student is compared with."""
+        return self.model_copy(update={"alpha": 0.0, "taps": ()})
+
+    @model_validator(mode="after")
+    def _taps(self) -> Self:
+        if self.taps and self.alpha == 0:
+            raise ValueError(
+                "taps: match features of a teacher, which alpha 0 does not read; remove them or raise alpha."
+            )
+        return self
+
+
+RecipeConfig = Annotated[
+    LmLogitsRecipe | NoisePredictionRecipe, Field(discriminator="kind"), tag_defaults_to("kind", "lm_logits")
+]

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from raydistill.config.base import Config
 from raydistill.config.checks import problems
 from raydistill.config.models import StudentConfig
-from raydistill.config.sources import SourceConfig
+from raydistill.config.sources import ImagesSource, SourceConfig, TextSource
 from raydistill.config.teachers import Name, TeacherConfig
 from raydistill.config.training import PhaseConfig
 
@@ -22,10 +22,14 @@ class CacheConfig(Config):
 
     dir: str = "${run_dir}/cache"
     """Folder or URI of the caches; share it between runs that have inputs or teachers in common."""
+    store: Literal["each", "average"] = "each"
+    """Keep each teacher's `noise_prediction`, or also their weighted average, which then stands for all in training: with
+    the loss `mse` that gives the same gradients and reads one signal instead of many."""
     audit_rows: int = Field(default=4, ge=0)
     """Sampled rows per teacher that `verify` sends through the teacher again; 0 leaves the teacher out."""
     audit_tolerance: float = Field(default=0.05, gt=0)
-    """Largest mean absolute difference of log-probabilities that the audit accepts, in nats."""
+    """Largest difference that the audit accepts: mean absolute difference of log-probabilities in nats, or root mean
+    square difference of predictions over their root mean square."""
 
 
 class TeacherResources(Config):
@@ -94,6 +98,29 @@ class ResourcesConfig(Config):
     """Input workers."""
 
 
+class ImageEvaluation(Config):
+    """Measurements of image models."""
+
+    timestep_bins: int = Field(default=10, ge=1)
+    """Parts of the timestep range by which errors are reported."""
+    draws_per_row: int = Field(default=4, ge=1)
+    """Noise draws per held-out image, from the cache as far as it has them."""
+    samples: int = Field(default=8, ge=1)
+    """Images per model in the grid of samples, all models from the same noise and captions."""
+    sample_steps: int = Field(default=25, ge=1)
+    """Steps of the sampler (DDIM, or Euler for flow models)."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance of the samples: `uncond + w (cond - uncond)`."""
+    feature_extractor: str | None = None
+    """TorchScript file of an image feature extractor for FID and KID (`package://` and `pypi://` work); null: neither."""
+    feature_size: int = Field(default=299, ge=8)
+    """Height and width of the images that the extractor wants."""
+    feature_images: int = Field(default=256, ge=2)
+    """Generated images for FID and KID, against as many held-out ones as there are."""
+    clip_model: str | None = None
+    """Folder or Hub id of a CLIP model for the CLIP score; null: none."""
+
+
 class EvaluateConfig(Config):
     """Measurements on held-out rows."""
 
@@ -118,6 +145,8 @@ class EvaluateConfig(Config):
     """Most questions per benchmark."""
     lm_eval_tasks: tuple[str, ...] = ()
     """Tasks of the optional lm-evaluation-harness package."""
+    images: ImageEvaluation = ImageEvaluation()
+    """Measurements of image models."""
 
 
 class TrackingConfig(Config):
@@ -156,8 +185,8 @@ class RunConfig(Config):
     """Seed of the sample order, of random initialisation and of every draw."""
     source: SourceConfig
     """Inputs."""
-    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
-    """Teachers; several must share one tokenizer."""
+    teachers: tuple[TeacherConfig, ...] = ()
+    """Teachers; several language models must share one tokenizer. Empty where no phase uses a teacher."""
     student: StudentConfig
     """The student."""
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
@@ -172,6 +201,18 @@ class RunConfig(Config):
     """Experiment trackers."""
     plan: PlanConfig = PlanConfig()
     """Assumptions of `--plan`."""
+
+    @property
+    def text(self) -> TextSource:
+        """The source of a run on text."""
+        assert isinstance(self.source, TextSource), "asked for the text of a run on something else"
+        return self.source
+
+    @property
+    def images(self) -> ImagesSource:
+        """The source of a run on images."""
+        assert isinstance(self.source, ImagesSource), "asked for the images of a run on something else"
+        return self.source
 
     @model_validator(mode="after")
     def _together(self) -> Self:

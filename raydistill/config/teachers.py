@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raydistill.config.base import Config
-from raydistill.config.models import ModelConfig
+from raydistill.config.base import Config, tag_defaults_to
+from raydistill.config.models import DiffusersModel, LanguageModelConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -35,7 +35,7 @@ class TopKLogitsTeacher(Config):
     signal: Literal["top_k_logits"] = "top_k_logits"
     name: Name
     """Name of the teacher: of its cache folder, its losses and its lines in reports."""
-    model: ModelConfig
+    model: LanguageModelConfig
     """The teacher."""
     weight: float = Field(default=1.0, ge=0)
     """Share of this teacher in the loss; weights are normalised over the teachers."""
@@ -62,4 +62,28 @@ class TopKLogitsTeacher(Config):
         return self
 
 
-TeacherConfig = TopKLogitsTeacher
+class NoisePredictionTeacher(Config):
+    """A denoiser whose prediction is kept at the draws of noise and timestep of `source.noise`."""
+
+    signal: Literal["noise_prediction"]
+    name: Name
+    """Name of the teacher: of its cache folder, its losses and its lines in reports."""
+    model: DiffusersModel
+    """The teacher."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of this teacher in the loss; weights are normalised over the teachers."""
+    guidance_scale: float | None = Field(default=None, ge=0)
+    """Keep the guided prediction `uncond + w (cond - uncond)` with this w; null and 1 keep the plain one."""
+    taps: dict[Name, str] = Field(default={})
+    """Modules whose output is kept too, by the name of the tap, e.g. `mid: mid_block`."""
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Number format in which predictions are stored."""
+    batch_rows: int = Field(default=8, ge=1)
+    """Draws in one teacher batch. A part of the cache's identity."""
+
+
+TeacherConfig = Annotated[
+    TopKLogitsTeacher | NoisePredictionTeacher,
+    Field(discriminator="signal"),
+    tag_defaults_to("signal", "top_k_logits"),
+]
