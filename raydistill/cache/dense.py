@@ -1,0 +1,131 @@
+"""Dense shards: tensors with one row per image in a safetensors file, beside a description of the rows.
+
+A shard is `tensors` and one JSON document (safetensors metadata `raydistill`) that says which rows it holds. The same
+tensors and description give the same bytes, on every machine. Files are mapped, so a row is read where it lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raydistill.cache.manifest import ShardRecord
+from raydistill.errors import DataError
+from raydistill.signals import JsonValue
+from raydistill.storage import Store
+
+META = "raydistill"
+"""Key of the description in the file's metadata. Its only key: safetensors does not sort several."""
+
+
+def dense_name(index: int) -> str:
+    """File name of dense shard `index`; signals use the name of their inputs' shard."""
+    return f"{index:05d}.safetensors"
+
+
+def write_dense(
+    store: Store, name: str, tensors: Mapping[str, Tensor], *, meta: Mapping[str, JsonValue], split: str, rows: int
+) -> ShardRecord:
+    """Publish tensors as a dense shard of `rows` rows and return its record (not yet published)."""
+    ordered = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+    described = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    store.publish(name, lambda path: save_file(ordered, path, metadata={META: described}))
+    return ShardRecord.model_validate(
+        {"name": name, "split": split, "rows": rows, "tokens": 0}
+        | {"bytes": store.size(name), "sha256": store.sha256(name)}
+    )
+
+
+class DenseShard:
+    """A dense shard, mapped from a local file.
+
+    Raises `DataError` when the file is missing, truncated or no dense shard.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.names: tuple[str, ...] = tuple(sorted(self._file.keys()))
+            self.meta: dict[str, JsonValue] = json.loads((self._file.metadata() or {})[META])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise DataError(
+                f"cannot read the shard {path}: {error}. Run --stages verify, which lists damaged shards; "
+                "--stages inputs,signals then builds exactly those again."
+            ) from error
+        self._mapped: dict[str, Tensor] = {}
+
+    @property
+    def row_ids(self) -> list[str]:
+        """Ids of the rows, in order."""
+        return self.texts("row_ids")
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.row_ids)
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings of the description; `DataError` when there is none under `key`."""
+        found = self.meta.get(key)
+        if not isinstance(found, list):
+            raise DataError(f"{self.path}: its description has no list {key!r}. Run --stages verify.")
+        return [str(item) for item in found]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file, mapped: reading a part of it reads that part of the file. Never written to."""
+        if name not in self._mapped:
+            if name not in self.names:
+                raise DataError(f"{self.path}: wanted the tensor {name!r}, found {list(self.names)}")
+            self._mapped[name] = self._file.get_tensor(name)
+        return self._mapped[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self.tensor(name).shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return {name: self.tensor(name) for name in self.names}
+
+
+def read_dense(store: Store, name: str) -> DenseShard:
+    """A dense shard of a cache, mapped; on an object store, fetched first."""
+    if store.is_local:
+        return DenseShard(Path(store.path(name)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        fetch(store, name, path)
+        return DenseShard(path)  # what is mapped outlives the file's name
+
+
+def fetch(store: Store, name: str, path: Path) -> None:
+    """Have file `name` under a local path: a second name for it where that is possible, else a copy."""
+    try:
+        if store.is_local:
+            with contextlib.suppress(OSError):  # on another disk, or one without hard links
+                path.hardlink_to(store.path(name))
+                return
+        with store.filesystem.open_input_stream(store.path(name)) as source, path.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 8 << 20)
+    except FileNotFoundError as error:
+        raise DataError(f"cannot read the shard {store.uri}/{name}: {error}. Run --stages verify.") from error
+
+
+def signed(digest: bytes) -> int:
+    """Eight bytes of a hash as the int64 that a tensor keeps of them."""
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def nbytes(dtype: torch.dtype, *shape: int) -> int:
+    """Bytes of a tensor."""
+    return dtype.itemsize * torch.Size(shape).numel()
