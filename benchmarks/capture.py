@@ -1,10 +1,12 @@
 """Tokens per second of a teacher captured through Ray, beside the bare teacher on the same batches.
 
-    python benchmarks/capture.py [--model SOURCE] [--threads 2] [--shards 4] [--shard-rows 64]
+    python benchmarks/capture.py [--model SOURCE] [--threads N] [--shards 4] [--shard-rows 64]
 
 One run measures, with the same number of threads: the pipeline from the first shard's record to the last one's (steady
 state), its start-up (everything before the first record, less that shard's own time), then in this process the teacher
 on the same collated batches, and the bare model up to its logits. Ray is stopped before the bare measurements.
+By default one core is left for what is not the teacher (Ray's own processes, the writing of shards); with `--threads` for
+all cores these take their share of the teacher's time (results/capture_all_cores.json, on two cores).
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def configuration(options: argparse.Namespace, folder: Path) -> RunConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--shard-rows", type=int, default=64)

