@@ -1,0 +1,270 @@
+"""The diffusion process: how clean data becomes noise, and what a denoiser may predict of it.
+
+Everywhere x_t = alpha(t) x0 + sigma(t) eps, and a prediction is a linear mix m0 x0 + m1 eps:
+
+| kind           | m0        | m1       | D = alpha m1 - sigma m0 |
+|----------------|-----------|----------|-------------------------|
+| `epsilon`      | 0         | 1        | alpha                   |
+| `sample`       | 1         | 0        | -sigma                  |
+| `v_prediction` | -sigma(t) | alpha(t) | alpha² + sigma²         |
+| `flow`         | -1        | 1        | alpha + sigma           |
+
+Solving the two equations for x0 and eps turns a prediction p of one kind (m) into q of another (n):
+q = (D_n p + (n0 m1 - n1 m0) x_t) / D_m. Sources: Salimans & Ho 2022, arXiv 2202.00512, App. D (v); Lipman et al. 2023,
+arXiv 2210.02747, Eq. 23 (flow).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from raydistill.errors import ConfigError
+from raydistill.signals import JsonValue
+
+PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample", "flow"]
+Kind: TypeAlias = Literal["variance_preserving", "flow"]
+
+_PREDICTIONS: dict[str, PredictionType] = {
+    "epsilon": "epsilon",
+    "v_prediction": "v_prediction",
+    "sample": "sample",
+    "flow_prediction": "flow",
+    "flow": "flow",
+}
+"""Names in scheduler configurations, and ours."""
+_BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """x_t = alpha(t) x0 + sigma(t) eps at the integer timesteps 0 … T-1 of a noise schedule."""
+
+    alphas: Float[Tensor, " timesteps"]
+    """alpha(t), fp64, on the CPU."""
+    sigmas: Float[Tensor, " timesteps"]
+    """sigma(t), fp64, on the CPU."""
+    kind: Kind
+    prediction_type: PredictionType
+    """What the model that came with this scheduler predicts itself."""
+    schedule: Mapping[str, JsonValue] = field(default_factory=dict)
+    """The settings that alphas and sigmas were made from."""
+    _devices: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T: timesteps are 0 … T-1."""
+        return len(self.alphas)
+
+    def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at the timesteps `t` [samples], fp64, with the axes of `like` [samples, …] and its device."""
+        if like.device not in self._devices:
+            self._devices[like.device] = (self.alphas.to(like.device), self.sigmas.to(like.device))
+        index = t.to(like.device).long()
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alpha, sigma = (table[index].reshape(shape) for table in self._devices[like.device])
+        return alpha, sigma
+
+    def noisy(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t [samples, …] in fp32."""
+        alpha, sigma = self.at(t, x0)
+        return (alpha * x0.double() + sigma * eps.double()).float()
+
+    def times(self, t: Tensor) -> Tensor:
+        """What a network is told in place of the timestep `t`: t itself, for a flow T sigma(t) in fp32.
+
+        diffusers' flow schedulers count time in multiples of sigma, so that a shift moves it too.
+        """
+        if self.kind == "variance_preserving":
+            return t
+        return (self.num_timesteps * self.at(t, t)[1]).float()
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor, kind: PredictionType) -> Tensor:
+        """What a perfect prediction of `kind` says, in fp32."""
+        m0, m1 = _mix(kind, *self.at(t, x0))
+        return (m0 * x0.double() + m1 * eps.double()).float()
+
+    def convert(
+        self, pred: Tensor, x_t: Tensor, t: Tensor, *, source: PredictionType, target: PredictionType
+    ) -> Tensor:
+        """The prediction `pred` of kind `source` as one of kind `target`; linear in `pred`, and so differentiable.
+
+        Computed in fp64, returned in the wider dtype of `pred` and `x_t`. `ConfigError` where `source` says nothing:
+        epsilon at alpha = 0, clean data at sigma = 0.
+        """
+        dtype = torch.promote_types(pred.dtype, x_t.dtype)
+        if source == target:
+            return pred.to(dtype)
+        alpha, sigma = self.at(t, x_t)
+        self._require_defined(source, _determinant(source, alpha, sigma), t)
+        (m0, m1), (n0, n1) = _mix(source, alpha, sigma), _mix(target, alpha, sigma)
+        mixed = _determinant(target, alpha, sigma) * pred.double() + (n0 * m1 - n1 * m0) * x_t.double()
+        return (mixed / _determinant(source, alpha, sigma)).to(dtype)
+
+    def error_scale(self, t: Tensor, *, source: PredictionType, target: PredictionType) -> Float[Tensor, " samples"]:
+        """By how much an error of kind `source` grows when it is stated for kind `target`: |D_target / D_source|, fp64.
+
+        The squared error of the clean data is therefore `error_scale(t, source="epsilon", target="sample") ** 2`
+        = (sigma/alpha)² times that of the noise.
+        """
+        alpha, sigma = self.at(t, t)
+        if source == target:
+            return torch.ones_like(alpha)
+        self._require_defined(source, _determinant(source, alpha, sigma), t)
+        return (_determinant(target, alpha, sigma) / _determinant(source, alpha, sigma)).abs()
+
+    def snr(self, t: Tensor) -> Float[Tensor, " samples"]:
+        """Signal-to-noise ratio alpha²/sigma² at the timesteps, fp64."""
+        alpha, sigma = self.at(t, t)
+        return (alpha / sigma) ** 2
+
+    def undefined(self, kind: PredictionType, timesteps: tuple[int, int]) -> int | None:
+        """The first timestep in [first, end) at which predictions of `kind` say nothing about the data, if any does."""
+        first, end = timesteps
+        values = _determinant(kind, self.alphas[first:end], self.sigmas[first:end])
+        zeros = (values == 0).nonzero()
+        return first + int(zeros[0]) if len(zeros) else None
+
+    def _require_defined(self, kind: PredictionType, values: Tensor, t: Tensor) -> None:
+        # Asking the table first spares a GPU the wait for its answer in all ordinary schedules.
+        if self.undefined(kind, (0, self.num_timesteps)) is None or not bool((values == 0).any()):
+            return
+        raise ConfigError(
+            f"timestep {int(t.flatten()[(values.flatten() == 0).nonzero()[0]])}: wanted a prediction that says "
+            f"something about the image, found {kind} where the noise schedule leaves nothing of it (zero terminal SNR). Set "
+            "source.noise.prediction_type: v_prediction, or end source.noise.timesteps before it."
+        )
+
+    def differs(self, other: Process) -> str | None:
+        """Words for where the schedules of two processes differ; None where they are one, whatever is predicted."""
+        if self.kind != other.kind:
+            return f"{self.kind} and {other.kind}"
+        if self.num_timesteps != other.num_timesteps:
+            return f"{self.num_timesteps} and {other.num_timesteps} timesteps"
+        apart = ((self.alphas - other.alphas).abs() > 1e-6) | ((self.sigmas - other.sigmas).abs() > 1e-6)
+        if not apart.any():
+            return None
+        t = int(apart.nonzero()[0])
+        return (
+            f"from timestep {t} on: alpha {self.alphas[t]:.6f} and {other.alphas[t]:.6f}, "
+            f"sigma {self.sigmas[t]:.6f} and {other.sigmas[t]:.6f}"
+        )
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, JsonValue]) -> Process:
+        """The process of a diffusers `scheduler_config.json`, all defaults written out.
+
+        A configuration with `shift` and no betas, or with `use_flow_sigmas`, is a flow. `ConfigError` for schedulers of
+        neither kind (consistency, EDM) and for settings that are missing.
+        """
+        name = str(config.get("_class_name", "the scheduler"))
+        if config.get("use_flow_sigmas") or ("beta_start" not in config and "shift" in config):
+            return _flow(config, name)
+        missing = [
+            key for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end") if key not in config
+        ]
+        if missing:
+            raise ConfigError(
+                f"{name}: wanted the configuration of a scheduler with betas (DDPM, DDIM, Euler, DPM-Solver …) or of a "
+                f"flow (FlowMatch…), found none of {', '.join(missing)}. Name another one with model.scheduler."
+            )
+        schedule = {key: config[key] for key in _BETAS if config.get(key) not in (None, False)}
+        alpha_bar = _alpha_bar(schedule, name)
+        return cls(
+            alphas=alpha_bar.sqrt(),
+            sigmas=(1 - alpha_bar).sqrt(),
+            kind="variance_preserving",
+            prediction_type=_prediction(config.get("prediction_type") or "epsilon", name),
+            schedule=schedule,
+        )
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """What `from_json` makes the same process from; goes into manifests."""
+        return {"kind": self.kind, "prediction_type": self.prediction_type, "schedule": dict(self.schedule)}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, JsonValue]) -> Process:
+        """The process that wrote `facts` with `to_json`."""
+        schedule = facts["schedule"]
+        assert isinstance(schedule, dict), "facts of a process come from to_json"
+        return cls.from_scheduler({**schedule, "prediction_type": facts["prediction_type"]})
+
+
+def _mix(kind: PredictionType, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """m0 and m1 of a prediction m0 x0 + m1 eps."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-sigma, alpha), "flow": (-one, one)}[kind]
+
+
+def _determinant(kind: PredictionType, alpha: Tensor, sigma: Tensor) -> Tensor:
+    m0, m1 = _mix(kind, alpha, sigma)
+    return alpha * m1 - sigma * m0
+
+
+def _prediction(name: JsonValue, scheduler: str) -> PredictionType:
+    if name not in _PREDICTIONS:
+        raise ConfigError(
+            f"{scheduler}: prediction_type: wanted one of {', '.join(_PREDICTIONS)}, found {name!r}. "
+            "Name another scheduler with model.scheduler."
+        )
+    return _PREDICTIONS[str(name)]
+
+
+def _flow(config: Mapping[str, JsonValue], name: str) -> Process:
+    """s(t) = k u / (1 + (k-1) u) with u = (t+1)/T and the shift k: Esser et al. 2024, arXiv 2403.03206, Eq. 23.
+
+    A shift that depends on the size of the image (`use_dynamic_shifting`) belongs to sampling and is left out.
+    """
+    key = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+    dynamic = bool(config.get("use_dynamic_shifting"))
+    shift = 1.0 if dynamic else float(str(config.get(key, 1.0)))
+    if config.get("invert_sigmas"):
+        raise ConfigError(
+            f"{name}: wanted sigmas that fall from 1, found invert_sigmas. Name another scheduler with model.scheduler."
+        )
+    num = int(str(config.get("num_train_timesteps", 1000)))
+    u = torch.arange(1, num + 1, dtype=torch.float64) / num
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    return Process(
+        alphas=1 - sigmas,
+        sigmas=sigmas,
+        kind="flow",
+        prediction_type=_prediction(config.get("prediction_type") or "flow", name),
+        schedule={"num_train_timesteps": num, "shift": shift},
+    )
+
+
+def _alpha_bar(schedule: Mapping[str, JsonValue], name: str) -> Tensor:
+    """Π (1 - beta_s) up to each timestep, fp64."""
+    num = int(str(schedule["num_train_timesteps"]))
+    start, end = (float(str(schedule[key])) for key in ("beta_start", "beta_end"))
+    grid = torch.linspace(0, 1, num, dtype=torch.float64)
+    trained = schedule.get("trained_betas")
+    match schedule["beta_schedule"]:
+        case _ if isinstance(trained, list):
+            betas = torch.tensor(trained, dtype=torch.float64)
+        case "linear":
+            betas = start + (end - start) * grid
+        case "scaled_linear":  # Rombach et al. 2022, arXiv 2112.10752: linear in the square root
+            betas = (math.sqrt(start) + (math.sqrt(end) - math.sqrt(start)) * grid) ** 2
+        case "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17
+            edges = torch.cos((torch.arange(num + 1, dtype=torch.float64) / num + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - edges[1:] / edges[:-1]).clamp_max(0.999)
+        case "sigmoid":
+            betas = torch.sigmoid(-6 + 12 * grid) * (end - start) + start
+        case other:
+            raise ConfigError(
+                f"{name}: beta_schedule: wanted linear, scaled_linear, squaredcos_cap_v2 or sigmoid, found {other!r}. "
+                "Name another scheduler with model.scheduler."
+            )
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    if schedule.get("rescale_betas_zero_snr"):  # Lin et al. 2023, arXiv 2305.08891, Alg. 1
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alpha_bar
