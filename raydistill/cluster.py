@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import ray
 
-from raydistill.cache.build import require_cluster
+from raydistill.cache.pool import require_cluster
 from raydistill.config.paths import require_shared_folder
 from raydistill.config.schema import RunConfig, TeacherResources, TrainResources
 

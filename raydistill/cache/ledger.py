@@ -35,6 +35,11 @@ class Ledger:
         self.fingerprint = fingerprint_of(content)
         self._started = time.time()
 
+    @classmethod
+    def below(cls, caches: Store, name: str, content: Mapping[str, JsonValue]) -> Ledger:
+        """The ledger of the cache `<name>-<fingerprint>` in the folder of all caches."""
+        return cls(caches / f"{name}-{fingerprint_of(content)}", content)
+
     @property
     def manifest(self) -> Manifest | None:
         """The manifest, if the cache was ever finished and `verify` found nothing wrong with the manifest itself.
@@ -70,10 +75,22 @@ class Ledger:
         """What `verify` found wrong, by shard name."""
         return read_damaged(self.store)
 
+    def done(self) -> set[str]:
+        """The shards that are there with their records and not known to be damaged."""
+        return set(read_records(self.store, broken={})) & set(self.store.names()) - set(self.damaged())
+
     def pending(self, names: Sequence[str]) -> list[str]:
         """The shards of `names` that are absent or damaged, or whose record is, in the same order."""
-        done = set(read_records(self.store, broken={})) & set(self.store.names()) - set(self.damaged())
+        done = self.done()
         return [name for name in names if name not in done]
+
+    def report_changed(self, names: Sequence[str]) -> None:
+        """Tell the user of shards that were rebuilt with another hash."""
+        if names:
+            print(
+                f"{self.store.uri}: rebuilt with another hash than before: {', '.join(names)} (see build.json)",
+                flush=True,
+            )
 
     def finish(
         self,
@@ -105,6 +122,24 @@ class Ledger:
         self.store.delete_leftovers()
         (self.store / RECORDS).delete_leftovers()
         return manifest
+
+
+def write_description(store: Store, fields: Mapping[str, FieldRecord], facts: Mapping[str, JsonValue]) -> None:
+    """Write down a teacher's fields and facts, once, so that the manifest does not need the teacher again."""
+    if not is_described(store):
+        plain = {name: record.model_dump(mode="json") for name, record in fields.items()}
+        store.publish(TEACHER, json.dumps({"fields": plain, "facts": dict(facts)}, indent=1, sort_keys=True))
+
+
+def is_described(store: Store) -> bool:
+    """Whether a teacher has written down its fields and facts."""
+    return store.exists(TEACHER)
+
+
+def read_description(store: Store) -> tuple[dict[str, FieldRecord], dict[str, JsonValue]]:
+    """The fields and facts of `write_description`."""
+    described = json.loads(store.read(TEACHER))
+    return {n: FieldRecord.model_validate(f) for n, f in described["fields"].items()}, described["facts"]
 
 
 def read_damaged(store: Store) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import toys
 
-from raydistill.cache import build
+from raydistill.cache import build, pool
 from raydistill.cache.manifest import Manifest
 from raydistill.config.schema import RunConfig
 from raydistill.storage import Store
@@ -99,8 +99,6 @@ def map_in_process(monkeypatch: pytest.MonkeyPatch) -> InProcess:
         def finished(self, shard: str) -> None: ...
 
     def fake_map(make: Callable[[], Any], items: Sequence[Any], **_: object) -> Iterator[dict[str, Any]]:
-        if not items:
-            return
         worker = make()
         for item in log.order(items):
             if log.stop_after is not None and len(log.items) >= log.stop_after:
@@ -108,9 +106,9 @@ def map_in_process(monkeypatch: pytest.MonkeyPatch) -> InProcess:
             log.items.append(item)
             yield worker(item)
 
-    monkeypatch.setattr(build, "_map", fake_map)
-    monkeypatch.setattr(build, "_Ticker", NoTicker)
-    monkeypatch.setattr(build, "require_cluster", lambda *_: None)
+    monkeypatch.setattr(pool, "_outcomes", fake_map)
+    monkeypatch.setattr(pool, "Ticker", NoTicker)
+    monkeypatch.setenv("RAYDISTILL_AUTOSCALING", "1")  # there is no cluster to be asked for room
     return log
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest_cache import Built, InProcess, Killed, build_all, cache_bytes
 
-from raydistill.cache import build
-from raydistill.cache.ledger import DAMAGED, read_damaged, write_damaged
+from raydistill.cache import build, pool, text_inputs, top_k_signal
+from raydistill.cache.ledger import DAMAGED, Ledger, read_damaged, write_damaged
 from raydistill.cache.manifest import fingerprint_of
 from raydistill.cache.shards import read_inputs, read_records, read_signal
 from raydistill.config.schema import RunConfig
@@ -110,7 +110,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(
 def test_a_kill_between_a_shard_and_its_record_costs_only_that_shard(
     built: Built, in_process: InProcess, monkeypatch: pytest.MonkeyPatch, make_config: Config
 ) -> None:
-    publish, calls = build.publish_record, []
+    publish, calls = top_k_signal.publish_record, []
 
     def killed(store: Store, record: object) -> None:
         calls.append(record)
@@ -118,7 +118,8 @@ def test_a_kill_between_a_shard_and_its_record_costs_only_that_shard(
             raise Killed
         publish(store, record)
 
-    monkeypatch.setattr(build, "publish_record", killed)
+    for module in (text_inputs, top_k_signal):
+        monkeypatch.setattr(module, "publish_record", killed)
     config = make_config("other")
     with pytest.raises(Killed):
         build_all(config)
@@ -131,20 +132,20 @@ def test_a_kill_before_the_manifest_needs_no_teacher_to_finish(
     built: Built, in_process: InProcess, monkeypatch: pytest.MonkeyPatch, make_config: Config
 ) -> None:
     config = make_config("other")
-    finish = build.Ledger.finish
+    finish = Ledger.finish
 
-    def killed(self: build.Ledger, *args: object, **kwargs: object) -> None:
+    def killed(self: Ledger, *args: object, **kwargs: object) -> None:
         if kwargs["kind"] == "signal":
             raise Killed
         return finish(self, *args, **kwargs)
 
-    monkeypatch.setattr(build.Ledger, "finish", killed)
+    monkeypatch.setattr(Ledger, "finish", killed)
     with pytest.raises(Killed):
         build_all(config)
     monkeypatch.undo()
     in_process.items.clear()
-    monkeypatch.setattr(build, "_map", lambda *_, **__: pytest.fail("nothing is left to map"))
-    monkeypatch.setattr(build, "require_cluster", lambda *_: None)
+    monkeypatch.setenv("RAYDISTILL_AUTOSCALING", "1")
+    monkeypatch.setattr(pool, "_outcomes", lambda *_, **__: pytest.fail("nothing is left to map"))
     assert cache_bytes(build_all(config).signal) == cache_bytes(built.signal)
 
 
@@ -179,14 +180,14 @@ def test_a_rebuilt_shard_with_another_hash_is_audited_accepted_and_reported(
 ) -> None:
     name = built.signal_manifest.shards[0].name
     write_damaged(built.signal, {name: "flipped"})
-    capture = build.capture
+    capture = top_k_signal.capture
 
     def rounded_otherwise(teacher: object, rows: object, **kwargs: object) -> object:
         shard = capture(teacher, rows, **kwargs)
         shard.fields["entropy"][:] = np.nextafter(shard.fields["entropy"], np.float16(9))
         return shard
 
-    monkeypatch.setattr(build, "capture", rounded_otherwise)
+    monkeypatch.setattr(top_k_signal, "capture", rounded_otherwise)
     again = build_all(built.config)
     assert again.signal_manifest.shards[0].sha256 != built.signal_manifest.shards[0].sha256
     assert again.signal_manifest.shards[0].sha256 == again.signal.sha256(name)
@@ -200,14 +201,14 @@ def test_a_rebuilt_shard_that_fails_the_audit_is_refused(
 ) -> None:
     name = built.signal_manifest.shards[0].name
     write_damaged(built.signal, {name: "flipped"})
-    capture = build.capture
+    capture = top_k_signal.capture
 
     def wrong(teacher: object, rows: object, **kwargs: object) -> object:
         shard = capture(teacher, rows, **kwargs)
         shard.fields["logp"][:] -= np.float16(0.3)
         return shard
 
-    monkeypatch.setattr(build, "capture", wrong)
+    monkeypatch.setattr(top_k_signal, "capture", wrong)
     with pytest.raises(VerificationFailed, match="audit"):
         build_all(built.config)
     assert name in read_damaged(built.signal)
@@ -232,7 +233,7 @@ def _place(row_id: str) -> tuple[str, int, int]:
 def test_units_are_read_only_as_far_as_max_rows_needs(
     make_config: Config, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "FIRST_WAVE", 1)
+    monkeypatch.setattr(text_inputs, "FIRST_WAVE", 1)
     monkeypatch.setattr("raydistill.sources.text.UNIT_BYTES", 1)  # every file is a unit
     build_all(make_config(source={"max_rows": 10}))
     assert in_process.items[0] == 0
@@ -311,7 +312,7 @@ def test_errors_for_the_user_travel_as_values() -> None:
         (broken, "ConfigError", "too large; set it lower"),
         (lambda: fails, "DataError", "a.txt is not readable"),
     ):
-        (outcome,) = build._Guarded(make)(batch)["outcome"]
+        (outcome,) = pool.Guarded(make)(batch)["outcome"]
         assert json.loads(outcome) == {"error": kind, "message": words}
 
 
@@ -320,18 +321,18 @@ def test_more_than_the_cluster_has_is_said_at_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delenv("RAYDISTILL_AUTOSCALING", raising=False)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
-    monkeypatch.setattr(build.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
-    build.require_cluster("resources.teacher", 2, 2, 0.5)
+    monkeypatch.setattr(pool.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    pool.require_cluster("resources.teacher", 2, 2, 0.5)
     for wanted, words in (
         ((1, 8), "8 CPU"),
         ((2, 1, 1), "2 GPU .found 1"),
         ((1, 1, 0, "L40S"), "accelerator_type:L40S"),
     ):
         with pytest.raises(ConfigError, match=f"resources.teacher.*{words}"):
-            build.require_cluster("resources.teacher", *wanted)
+            pool.require_cluster("resources.teacher", *wanted)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64, "GPU": 8})
-    build.require_cluster("resources.teacher", 8, 8, 1, "L40S")  # a cluster that can grow is not refused
+    pool.require_cluster("resources.teacher", 8, 8, 1, "L40S")  # a cluster that can grow is not refused
     with pytest.raises(ConfigError, match="9 GPU"):
-        build.require_cluster("resources.teacher", 9, 1, 1)
+        pool.require_cluster("resources.teacher", 9, 1, 1)
     monkeypatch.setenv("RAYDISTILL_AUTOSCALING", "1")
-    build.require_cluster("resources.teacher", 999, 1, 1)
+    pool.require_cluster("resources.teacher", 999, 1, 1)
