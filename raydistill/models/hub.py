@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -16,6 +17,8 @@ WEIGHT_FILES = {
     "safetensors": ["model*.safetensors"],
     "bin": ["pytorch_model*.bin"],
 }
+VARIANTS = (".fp16.", ".bf16.", ".non_ema.", ".msgpack", "openvino", "flax")
+"""Marks of files that hold the same weights once more in another form."""
 
 
 def hub_folder(repo: str, revision: str | None = None, *, weights: bool) -> Path:
@@ -26,16 +29,40 @@ def hub_folder(repo: str, revision: str | None = None, *, weights: bool) -> Path
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise DataError(
-            f"{repo} is no local folder, and the Hub refuses it: {first_line(error)}. Check the name, the revision and "
-            "the login (huggingface-cli login)."
-        ) from error
+        raise _refused(repo, error) from error
     except Exception as error:  # the errors of the client's network library have no base class that stays the same
         return _downloaded(repo, revision, weights=weights, reason=first_line(error))
     has_safetensors = any(file.rfilename.endswith(".safetensors") for file in info.siblings or [])
     kind = "safetensors" if has_safetensors else "bin"
     patterns = SMALL_FILES + (WEIGHT_FILES[kind] if weights else [])
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+
+def hub_parts(repo: str, revision: str | None = None, *, folders: Sequence[str], weights: bool) -> Path:
+    """The snapshot folder of a pipeline's repository, with the files of those of `folders` that it has ("": its top).
+
+    Small files always, weights (safetensors alone, without variants) if wanted. The folder's name is the commit. When
+    the Hub does not answer, what was downloaded before is used; `DataError` when that is nothing.
+    """
+    suffixes = (".json", ".jinja", ".txt", ".model", *((".safetensors",) if weights else ()))
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise _refused(repo, error) from error
+    except Exception as error:  # the errors of the client's network library have no base class that stays the same
+        try:
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise _nowhere(repo, first_line(error)) from error
+    files = [PurePosixPath(file.rfilename) for file in info.siblings or []]
+    wanted = [
+        str(file)
+        for file in files
+        if str(file.parent).removeprefix(".") in folders
+        and file.name.endswith(suffixes)
+        and not any(mark in file.name for mark in VARIANTS)
+    ]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
 def _downloaded(repo: str, revision: str | None, *, weights: bool, reason: str) -> Path:
@@ -51,7 +78,18 @@ def _downloaded(repo: str, revision: str | None, *, weights: bool, reason: str) 
             continue
         if not weights or any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES[kind]):
             return folder
-    raise DataError(
+    raise _nowhere(repo, reason)
+
+
+def _refused(repo: str, error: Exception) -> DataError:
+    return DataError(
+        f"{repo} is no local folder, and the Hub refuses it: {first_line(error)}. Check the name, the revision and "
+        "the login (huggingface-cli login)."
+    )
+
+
+def _nowhere(repo: str, reason: str) -> DataError:
+    return DataError(
         f"{repo} is neither a folder here ({Path(repo).absolute()}) nor in the Hub's download cache, and the Hub "
         f"cannot be reached ({reason}). Give a folder, a .gguf file, package:// or pypi://, or run where the Hub is."
     )
