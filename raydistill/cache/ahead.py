@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from raydistill.cache.order import Sampler
-from raydistill.cache.read import Dataset
+from raydistill.cache.samples import Samples
 from raydistill.errors import RaydistillError
 
 POLL_SECONDS = 0.1
@@ -22,7 +22,7 @@ class UnpackAhead:
     another shard and finds the rest done by the others.
     """
 
-    def __init__(self, dataset: Dataset, sampler: Sampler, *, steps: range, rank: int, world_size: int):
+    def __init__(self, dataset: Samples, sampler: Sampler, *, steps: range, rank: int, world_size: int):
         self._dataset = dataset
         self._sampler = sampler
         self._steps = steps

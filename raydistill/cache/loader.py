@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raydistill.cache.ahead import UnpackAhead
 from raydistill.cache.order import Sampler, StepRows
-from raydistill.cache.read import Dataset, without_targets
+from raydistill.cache.samples import Samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class _Failure:
 class Loader:
     """Iterates over the steps `first_step`, …, `end_step - 1` of a rank.
 
-    The rows of a step are sorted by length (longest first, so that a micro-batch too large for memory fails at the
+    The rows of a step are sorted by cost (longest first, so that a micro-batch too large for memory fails at the
     first step) and cut into micro-batches of `micro_size`; micro-batch j belongs to rank j % world_size. Every rank
     gets ceil(micro-batches / world_size) of them; a rank for which none is left computes the last one without
     targets, which adds nothing to any sum or count.
@@ -57,7 +57,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Samples,
         sampler: Sampler,
         *,
         rank: int,
@@ -122,14 +122,14 @@ class Loader:
             ready.put(_Failure(error))
 
     def _make(self, step: int, rows: StepRows) -> StepBatches:
-        places = np.argsort(-self._dataset.num_tokens[rows.indices].astype(np.int64), kind="stable")
+        places = np.argsort(-self._dataset.costs[rows.indices].astype(np.int64), kind="stable")
         cuts = [places[i : i + self._micro_size] for i in range(0, len(places), self._micro_size)]
         turns = -(-len(cuts) // self._world_size)
         mine = cuts[self._rank :: self._world_size]
         num_real = len(mine)
         mine += [cuts[-1]] * (turns - num_real)
         micro_batches = [self._dataset.batch(rows.indices[cut]) for cut in mine]
-        micro_batches[num_real:] = [without_targets(batch) for batch in micro_batches[num_real:]]
+        micro_batches[num_real:] = [self._dataset.silenced(batch) for batch in micro_batches[num_real:]]
         if self._pin_memory:
             micro_batches = [{n: t.pin_memory() for n, t in batch.items()} for batch in micro_batches]
         return StepBatches(

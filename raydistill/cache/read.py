@@ -19,27 +19,17 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from raydistill.cache.batches import InputRow, collate
-from raydistill.cache.ledger import DAMAGED, MANIFEST
+from raydistill.cache.joined import Joined, open_manifest
 from raydistill.cache.local import LocalShards
-from raydistill.cache.manifest import Manifest, ShardRecord, parse_manifest
 from raydistill.cache.shards import decode_planes, read_counts, read_table
-from raydistill.errors import CacheMismatch, SignalMismatch, VerificationFailed
+from raydistill.errors import CacheMismatch, SignalMismatch
 from raydistill.signals import Batch, JsonValue
 from raydistill.storage import Store
 
+__all__ = ["Dataset", "open_manifest", "without_targets"]
+
 NUM_READERS = 16
 """Shards whose small columns are read at one time."""
-
-
-def open_manifest(store: Store) -> Manifest:
-    """The manifest of a finished cache.
-
-    Raises `CacheMismatch` when there is none, or one that this version cannot read, `DataError` when it is damaged.
-    """
-    if not store.exists(MANIFEST):
-        state = f"is not finished: it has no {MANIFEST}" if store.exists() else "does not exist"
-        raise CacheMismatch(f"the cache {store.uri} {state}. Run --stages inputs,signals, which completes it.")
-    return parse_manifest(store.read(MANIFEST), where=f"{store.uri}/{MANIFEST}")
 
 
 class Dataset:
@@ -65,30 +55,11 @@ class Dataset:
         local_bytes: int | None = None,
     ):
         self.split = split
-        self.inputs_manifest = _sound_manifest(inputs, "inputs")
-        self._stores: dict[str, Store] = {"": inputs}
-        self._records: dict[str, tuple[ShardRecord, ...]] = {"": self.inputs_manifest.split_shards(split)}
-        self._fields = {teacher: tuple(names) for teacher, names in fields.items() if names}
-        self.signal_manifests: dict[str, Manifest] = {}
-        for teacher, names in self._fields.items():
-            if teacher not in signals:
-                raise CacheMismatch(
-                    f"the recipe reads {sorted(names)} of teacher {teacher!r}, found signals of {sorted(signals)}. "
-                    "Run --stages signals."
-                )
-            manifest = _sound_manifest(signals[teacher], "signal")
-            self._require_same_rows(signals[teacher], manifest)
-            manifest.require_fields(tuple(names), where=signals[teacher].uri)
-            self.signal_manifests[teacher] = manifest
-            self._stores[teacher] = signals[teacher]
-            self._records[teacher] = manifest.split_shards(split)
-        counts = np.array([record.rows for record in self._records[""]], np.int64)
-        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        self._row = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)
-        self._kept: slice | np.ndarray = slice(None)
-        if max_rows is not None and max_rows < len(self._shard):
-            self._kept = np.arange(max_rows) * len(self._shard) // max_rows
-            self._shard, self._row = self._shard[self._kept], self._row[self._kept]
+        self._joined = Joined(inputs, signals, split=split, fields=fields)
+        self.inputs_manifest = self._joined.inputs_manifest
+        self.signal_manifests = self._joined.signal_manifests
+        self._fields = self._joined.fields
+        self._shard, self._row, self._kept = self._joined.places(max_rows)
         self._local = LocalShards(MappedShard, folder=local_folder, limit_bytes=local_bytes)
         self._checked: set[int] = set()
 
@@ -105,12 +76,22 @@ class Dataset:
     @property
     def shard_rows(self) -> list[int]:
         """Rows kept of each shard: the shape that `Order` wants."""
-        return np.bincount(self._shard, minlength=len(self._records[""])).tolist()
+        return np.bincount(self._shard, minlength=len(self._joined.records[""])).tolist()
 
     @property
     def num_tokens(self) -> Int32[np.ndarray, " rows"]:
         """Tokens of each row."""
         return self._counts["num_tokens"]
+
+    @property
+    def costs(self) -> Int32[np.ndarray, " rows"]:
+        """What a row costs: its tokens."""
+        return self.num_tokens
+
+    @property
+    def buckets(self) -> None:
+        """Rows of any lengths make a batch."""
+        return None
 
     @property
     def num_targets(self) -> Int32[np.ndarray, " rows"]:
@@ -145,55 +126,39 @@ class Dataset:
                 batch[f"{teacher}/{name}"] = _scattered(values[name], target, batch["target"].shape)
         return batch
 
+    def silenced(self, batch: Batch) -> dict[str, Tensor]:
+        """The same rows with nothing to learn from."""
+        return without_targets(batch)
+
     def unpack(self, shard: int) -> None:
         """Have a shard on the local disk by the time its rows are asked for."""
-        for source in self._stores:
+        for source in self._joined.stores:
             self._local.unpack(*self._key(source, shard))
 
     def _open(self, shard: int) -> dict[str, MappedShard]:
         """The inputs (under `""`) and the signals of a shard, checked against each other when first opened."""
-        opened = {source: self._local.get(*self._key(source, shard)) for source in self._stores}
+        opened = {source: self._local.get(*self._key(source, shard)) for source in self._joined.stores}
         if shard not in self._checked:
             for teacher in self._fields:
-                _require_same(opened[""], opened[teacher], where=f"{self._stores[teacher].uri}/{self._name(shard)}")
+                _require_same(opened[""], opened[teacher], where=self._joined.where(teacher, shard))
             self._checked.add(shard)
         return opened
 
     def _key(self, source: str, shard: int) -> tuple[str, partial[pa.Table]]:
-        record = self._records[source][shard]
+        record = self._joined.records[source][shard]
         fields = None if source == "" else sorted(self._fields[source])
-        read = partial(read_table, self._stores[source], record.name, fields=fields)
+        read = partial(read_table, self._joined.stores[source], record.name, fields=fields)
         return f"1 {record.sha256} {fields}", read  # 1: version of the unpacked form
-
-    def _name(self, shard: int) -> str:
-        return self._records[""][shard].name
 
     @cached_property
     def _counts(self) -> dict[str, np.ndarray]:
-        names = [record.name for record in self._records[""]]
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            counts = list(pool.map(partial(read_counts, self._stores[""]), names))
+            counts = list(pool.map(partial(read_counts, self._joined.stores[""]), self._joined.names()))
         empty = np.zeros(0, np.int32)
         return {
             column: np.concatenate([empty, *(c[column] for c in counts)])[self._kept]
             for column in ("num_tokens", "num_targets", "text_bytes")
         }
-
-    def _require_same_rows(self, store: Store, manifest: Manifest) -> None:
-        if manifest.parent != self.inputs_manifest.fingerprint:
-            raise CacheMismatch(
-                f"{store.uri} was made from the inputs {manifest.parent}, wanted {self.inputs_manifest.fingerprint}. "
-                "Run --stages inputs,signals with this configuration."
-            )
-        wanted = [(record.name, record.rows) for record in self.inputs_manifest.shards]
-        found = [(record.name, record.rows) for record in manifest.shards]
-        if wanted != found:
-            differing = sorted({name for name, _ in {*wanted} ^ {*found}})
-            raise CacheMismatch(
-                f"{store.uri} should have the shards and row counts of its inputs; these differ: {differing[:5]}. "
-                "Run --stages verify, then --stages signals."
-            )
-
 
 class MappedShard:
     """A mapped shard: single rows without a copy."""
@@ -269,17 +234,6 @@ def without_targets(batch: Batch) -> dict[str, Tensor]:
     """The same rows with nothing to learn from: no targets, and everything zero that is zero outside them."""
     silent = {"target", "labels"}
     return {n: torch.zeros_like(t) if n in silent or "/" in n else t for n, t in batch.items()}
-
-
-def _sound_manifest(store: Store, kind: str) -> Manifest:
-    manifest = open_manifest(store)
-    if manifest.kind != kind:
-        raise CacheMismatch(f"{store.uri} should be a cache of kind {kind!r}, found {manifest.kind!r}")
-    if store.exists(DAMAGED):
-        raise VerificationFailed(
-            f"{store.uri}/{DAMAGED} lists damaged shards. Run --stages inputs,signals, which builds them again."
-        )
-    return manifest
 
 
 def _require_same(inputs: MappedShard, signal: MappedShard, *, where: str) -> None:
