@@ -89,8 +89,8 @@ def _average(config: RunConfig) -> Iterator[str]:
             yield "cache.store: average is for predictions of denoisers; set cache.store: each."
         elif recipe.uses_teacher and (recipe.loss != "mse" or recipe.taps):
             yield (
-                f"phases.{index}.recipe: with cache.store: average, wanted loss mse without taps, whose gradient alone is "
-                f"that to the average, found {recipe.loss}{' with taps' if recipe.taps else ''}; set cache.store: each."
+                f"phases.{index}.recipe: with cache.store: average, wanted loss mse without taps, whose gradient alone "
+                f"is that to the average, found {recipe.loss}{' with taps' if recipe.taps else ''}; set cache.store: each."
             )
 
 

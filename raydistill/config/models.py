@@ -54,17 +54,18 @@ class DiffusersModel(Config):
     """Hub id, folder of a whole pipeline or of the denoiser alone, single `.safetensors` file, `package://…`, `pypi://…`
     or `run://config.yaml` (the export of another run)."""
     subfolder: str | None = None
-    """Folder of the denoiser inside `source`; by default `unet` or `transformer` where it is there, else `source` itself."""
+    """Folder of the denoiser inside `source`; by default `unet` or `transformer` where it is there, else `source`
+    itself."""
     revision: str | None = None
     """Hub revision: branch, tag or commit."""
     scheduler: str | None = None
-    """Folder or file of the scheduler's configuration, which says what the model predicts and under which noise schedule;
-    by default `scheduler/` inside `source`, or `scheduler_config.json` beside the denoiser."""
+    """Folder or file of the scheduler's configuration, which says what the model predicts and under which noise
+    schedule; by default `scheduler/` inside `source`, or `scheduler_config.json` beside the denoiser."""
     dtype: Dtype = "bfloat16"
     """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
     overrides: dict[str, JsonValue] = Field(default={})
-    """Keys of the model's own configuration to replace, e.g. `layers_per_block: 1`. Only with `init.kind: random` or
-    `blocks`."""
+    """Keys of the model's own configuration to replace, e.g. `layers_per_block: 1`. Only with `init.kind: random`
+    or `blocks`."""
 
 
 ModelConfig = Annotated[TransformersModel | PythonModel | DiffusersModel, Field(discriminator="library")]

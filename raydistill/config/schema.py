@@ -23,8 +23,8 @@ class CacheConfig(Config):
     dir: str = "${run_dir}/cache"
     """Folder or URI of the caches; share it between runs that have inputs or teachers in common."""
     store: Literal["each", "average"] = "each"
-    """Keep each teacher's `noise_prediction`, or also their weighted average, which then stands for all in training: with
-    the loss `mse` that gives the same gradients and reads one signal instead of many."""
+    """Keep each teacher's `noise_prediction`, or also their weighted average, which then stands for all in training:
+    with the loss `mse` that gives the same gradients and reads one signal instead of many."""
     audit_rows: int = Field(default=4, ge=0)
     """Sampled rows per teacher that `verify` sends through the teacher again; 0 leaves the teacher out."""
     audit_tolerance: float = Field(default=0.05, gt=0)
@@ -112,7 +112,8 @@ class ImageEvaluation(Config):
     guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance of the samples: `uncond + w (cond - uncond)`."""
     feature_extractor: str | None = None
-    """TorchScript file of an image feature extractor for FID and KID (`package://` and `pypi://` work); null: neither."""
+    """TorchScript file of an image feature extractor for FID and KID (`package://` and `pypi://` work); null:
+    neither."""
     feature_size: int = Field(default=299, ge=8)
     """Height and width of the images that the extractor wants."""
     feature_images: int = Field(default=256, ge=2)
@@ -147,6 +148,13 @@ class EvaluateConfig(Config):
     """Tasks of the optional lm-evaluation-harness package."""
     images: ImageEvaluation = ImageEvaluation()
     """Measurements of image models."""
+
+
+class ExportConfig(Config):
+    """What the run leaves for others to load."""
+
+    weights: Literal["weights", "ema"] = "weights"
+    """The weights of the last phase, or their moving average."""
 
 
 class TrackingConfig(Config):
@@ -197,6 +205,8 @@ class RunConfig(Config):
     """Measurements."""
     resources: ResourcesConfig = ResourcesConfig()
     """Cluster resources."""
+    export: ExportConfig = ExportConfig()
+    """The exported student."""
     tracking: TrackingConfig = TrackingConfig()
     """Experiment trackers."""
     plan: PlanConfig = PlanConfig()
