@@ -72,8 +72,8 @@ class NoisePredictionRecipe(Config):
     delta: float = Field(default=1.0, gt=0)
     """Difference beyond which `huber` and `smooth_l1` grow linearly."""
     timestep_weighting: Literal["constant", "snr", "min_snr"] = "constant"
-    """Weight of a sample by its signal-to-noise ratio, stated for the clean latents: `snr` weighs their error by the ratio
-    and `min_snr` by min(ratio, `snr_gamma`); `constant` leaves the error of what is predicted as it is."""
+    """Weight of a sample by its signal-to-noise ratio, stated for the clean latents: `snr` weighs their error by the
+    ratio and `min_snr` by min(ratio, `snr_gamma`); `constant` leaves the error of what is predicted as it is."""
     snr_gamma: float = Field(default=5.0, gt=0)
     """Limit of `min_snr`."""
     taps: tuple[TapRule, ...] = ()

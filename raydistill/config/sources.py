@@ -79,7 +79,8 @@ class VaeConfig(Config):
     revision: str | None = None
     """Hub revision: branch, tag or commit."""
     dtype: Dtype = "float32"
-    """Number format of encoding. One that overflows in half precision (`force_upcast`) is encoded in fp32 all the same."""
+    """Number format of encoding. One that overflows in half precision (`force_upcast`) is encoded in fp32 all the
+    same."""
     latents: Literal["mode", "sample"] = "mode"
     """Keep the mode of the latent distribution, or one sample of it, drawn from the row's id and `seed`."""
     seed: int = 0
@@ -134,8 +135,8 @@ class ImagesSource(Config):
 
     kind: Literal["images"]
     paths: tuple[str, ...] = Field(min_length=1)
-    """Folders of images (captions in `metadata.jsonl` or in a `.txt` beside each image), Parquet files with image bytes,
-    WebDataset `.tar` files, or globs of them."""
+    """Folders of images (captions in `metadata.jsonl` or in a `.txt` beside each image), Parquet files with image
+    bytes, WebDataset `.tar` files, or globs of them."""
     image_key: str = "image"
     """Column of the image bytes in Parquet."""
     caption_key: str = "caption"
