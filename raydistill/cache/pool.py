@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,27 +27,62 @@ Worker = Callable[[Any], dict[str, JsonValue]]
 """Does one item of work and says what came of it."""
 
 
-def require_cluster(key: str, count: int, cpus: float, gpus: float = 0, accelerator: str | None = None) -> None:
+def require_cluster(
+    key: str,
+    count: int,
+    cpus: float,
+    gpus: float = 0,
+    accelerator: str | None = None,
+    *,
+    what: str = "actor",
+    remedy: str = "",
+) -> None:
     """Raise `ConfigError` when the cluster can never hold `count` actors of this size, instead of waiting for ever.
 
-    A cluster that grows is asked for the most it can have; where it does not tell (an autoscaler of `ray up` that
-    states no limits), set RAYDISTILL_AUTOSCALING=1 and nothing is refused.
+    An actor stands on one node, so the places are counted node by node. A cluster that grows is asked for the most it
+    can have in total; where it does not tell (an autoscaler of `ray up` that states no limits), set
+    RAYDISTILL_AUTOSCALING=1 and nothing is refused. `remedy` is what else the user may do.
     """
     if os.environ.get("RAYDISTILL_AUTOSCALING") == "1":
         return
     from ray._private.state import state
 
-    most = state.get_max_resources_from_cluster_config()
-    has: Mapping[str, float] = most or ray.cluster_resources()
-    wanted = {"CPU": count * cpus, "GPU": count * gpus}
-    if accelerator and not most:
-        wanted[f"accelerator_type:{accelerator}"] = 0.001
-    lacking = [f"{n:g} {name} (found {has.get(name, 0):g})" for name, n in wanted.items() if n > has.get(name, 0)]
-    if lacking:
-        raise ConfigError(
-            f"{key}: {count} actor(s) of {cpus:g} CPU and {gpus:g} GPU want {', '.join(lacking)} of the Ray cluster. "
-            f"Lower {key}.*, or start a larger cluster (RAYDISTILL_AUTOSCALING=1 if it grows by itself)."
-        )
+    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # What the cluster can grow to; None where nothing grows it. There is no public function for it.
+    grown: Mapping[str, float] | None = state.get_max_resources_from_cluster_config()
+    if grown is not None:
+        has = {name: max(grown.get(name, 0), sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
+        if count * cpus <= has["CPU"] and count * gpus <= has["GPU"]:
+            return
+        found = f"a cluster that grows to {has['CPU']:g} CPU and {has['GPU']:g} GPU"
+    else:
+        places = sum(_places(node, cpus, gpus, accelerator) for node in nodes)
+        if places >= count:
+            return
+        kinds = Counter(_described(node) for node in nodes)
+        found = f"room for {places} on " + "; ".join(f"{n} node{'s' * (n > 1)} of {kind}" for kind, n in kinds.items())
+    kind = f" of type {accelerator}" if accelerator else ""
+    wanted = f"{count} {what}{'s' * (count > 1)} with {cpus:g} CPU and {gpus:g} GPU each{kind}"
+    raise ConfigError(
+        f"{key}: wanted {wanted}, found {found}. "
+        f"Ask for less{remedy} or use a larger cluster (RAYDISTILL_AUTOSCALING=1 if it grows by itself)."
+    )
+
+
+def _places(node: Mapping[str, float], cpus: float, gpus: float, accelerator: str | None) -> int:
+    """Actors of this size that an empty node holds. Shares of a GPU are of one GPU: two of 0.4 fit, not five on two."""
+    if accelerator and not node.get(f"accelerator_type:{accelerator}"):
+        return 0
+    most = [int(node.get("CPU", 0) / cpus + 1e-6)] if cpus else []
+    if gpus:
+        has = node.get("GPU", 0)
+        most.append(int(has) * int(1 / gpus + 1e-6) if gpus < 1 else int(has / gpus))
+    return min(most, default=sys.maxsize)
+
+
+def _described(node: Mapping[str, float]) -> str:
+    kinds = sorted(name.removeprefix("accelerator_type:") for name in node if name.startswith("accelerator_type:"))
+    return f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 def map_over_actors(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from raydistill.cache.pool import require_cluster
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.train.checkpoint import Progressed
@@ -84,25 +85,10 @@ def run_worker(job: PhaseJob, report: Report) -> Progressed:
 
 def require_room(resources: TrainResources) -> None:
     """`ConfigError` when the cluster cannot hold the fewest workers, now or after growing."""
-    import ray
-
-    workers = _fewest(resources)
-    wanted = {"CPU": workers * resources.cpus, "GPU": workers * resources.gpus}
-    if resources.accelerator is not None:
-        wanted[f"accelerator_type:{resources.accelerator}"] = 0.001
-    found = ray.cluster_resources()
-    # What the cluster can grow to; None where nothing grows it. There is no public function for it.
-    grown: Mapping[str, float] = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    lacking = [k for k, amount in wanted.items() if amount > max(found.get(k, 0), grown.get(k, 0))]
-    if not lacking:
-        return
-    kind = f" of type {resources.accelerator}" if resources.accelerator else ""
-    kinds = sorted(k.removeprefix("accelerator_type:") for k in found if k.startswith("accelerator_type:"))
-    raise ConfigError(
-        f"resources.train: wanted {workers} worker{'s' * (workers > 1)} with {resources.cpus:g} CPU and "
-        f"{resources.gpus:g} GPU each{kind}, found a cluster of "
-        f"{found.get('CPU', 0):g} CPU and {found.get('GPU', 0):g} GPU ({', '.join(kinds) or 'no accelerators'}). "
-        "Ask for less (resources.train.workers: 0 trains in the driver) or use a larger cluster."
+    fewest = resources.workers if isinstance(resources.workers, int) else resources.workers[0]
+    remedy = " (resources.train.workers: 0 trains in the driver)"
+    require_cluster(
+        "resources.train", fewest, resources.cpus, resources.gpus, resources.accelerator, what="worker", remedy=remedy
     )
 
 
@@ -152,6 +138,7 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
                     f"checkpoint ({failures} of {resources.max_failures} failures)",
                     flush=True,
                 )
+                require_room(resources)  # the node of the lost worker may be lost too
         beside.drain()
     assert isinstance(progressed, Progressed)
     return progressed
@@ -248,10 +235,6 @@ class _Beside:
             if stopping and not running:
                 return
             self._stop.wait(POLL_SECONDS) if not stopping else threading.Event().wait(POLL_SECONDS)
-
-
-def _fewest(resources: TrainResources) -> int:
-    return resources.workers if isinstance(resources.workers, int) else resources.workers[0]
 
 
 def _local_gpu() -> int:

@@ -314,25 +314,3 @@ def test_errors_for_the_user_travel_as_values() -> None:
     ):
         (outcome,) = pool.Guarded(make)(batch)["outcome"]
         assert json.loads(outcome) == {"error": kind, "message": words}
-
-
-def test_more_than_the_cluster_has_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private.state import state
-
-    monkeypatch.delenv("RAYDISTILL_AUTOSCALING", raising=False)
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
-    monkeypatch.setattr(pool.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
-    pool.require_cluster("resources.teacher", 2, 2, 0.5)
-    for wanted, words in (
-        ((1, 8), "8 CPU"),
-        ((2, 1, 1), "2 GPU .found 1"),
-        ((1, 1, 0, "L40S"), "accelerator_type:L40S"),
-    ):
-        with pytest.raises(ConfigError, match=f"resources.teacher.*{words}"):
-            pool.require_cluster("resources.teacher", *wanted)
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64, "GPU": 8})
-    pool.require_cluster("resources.teacher", 8, 8, 1, "L40S")  # a cluster that can grow is not refused
-    with pytest.raises(ConfigError, match="9 GPU"):
-        pool.require_cluster("resources.teacher", 9, 1, 1)
-    monkeypatch.setenv("RAYDISTILL_AUTOSCALING", "1")
-    pool.require_cluster("resources.teacher", 999, 1, 1)

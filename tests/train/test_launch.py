@@ -16,40 +16,43 @@ from phases import final, lines, logged, phase_job
 
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, TrainingDiverged
+from raydistill.train import launch
 from raydistill.train.launch import PhaseJob, require_room, train_phase
 
 
-@pytest.mark.parametrize(
-    ("resources", "wanted"),
-    [
-        ({"workers": 3, "cpus": 2}, "wanted 3 workers with 2 CPU and 0 GPU each, found a cluster of 4 CPU"),
-        ({"workers": (2, 8), "gpus": 1}, "wanted 2 workers with 1 CPU and 1 GPU each, found .* 0 GPU"),
-        ({"workers": 1, "accelerator": "H100"}, r"of type H100, found a cluster of 4 CPU and 0 GPU \(L4\)"),
-    ],
-)
-def test_more_than_the_cluster_has_is_said_at_once(
-    monkeypatch: pytest.MonkeyPatch, resources: dict[str, object], wanted: str
-) -> None:
+def with_nodes(monkeypatch: pytest.MonkeyPatch, *cpus: float) -> None:
+    """A cluster of nodes with so many CPUs."""
     import ray
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "accelerator_type:L4": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": n}} for n in cpus])
     monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
-    with pytest.raises(ConfigError, match=wanted):
-        require_room(TrainResources.model_validate(resources))
 
 
-def test_an_elastic_range_needs_room_for_its_fewest_only_and_a_cluster_may_grow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import ray
+def test_more_workers_than_the_nodes_hold_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_nodes(monkeypatch, 3.0, 3.0)
+    require_room(TrainResources(workers=2, cpus=2))
+    with pytest.raises(ConfigError, match=r"train: wanted 3 workers with 2 CPU .*workers: 0 trains in the"):
+        require_room(TrainResources(workers=3, cpus=2))
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
+
+def test_an_elastic_range_needs_room_for_its_fewest_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_nodes(monkeypatch, 4.0)
     require_room(TrainResources(workers=(2, 99)))
-    monkeypatch.setattr(
-        ray._private.state.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64, "GPU": 8}
-    )
-    require_room(TrainResources(workers=8, cpus=2, gpus=1))
+
+
+def test_a_phase_whose_node_is_lost_for_good_is_not_started_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ray.train import WorkerGroupError
+
+    def lose_a_node(trainer: object) -> None:
+        with_nodes(monkeypatch, 1.0)
+        raise WorkerGroupError("lost", {0: RuntimeError("its node is gone")})
+
+    with_nodes(monkeypatch, 1.0, 1.0)
+    monkeypatch.setattr(launch, "_fit", lose_a_node)
+    with pytest.raises(ConfigError, match=r"wanted 2 workers .* found room for 1 on 1 node"):
+        train_phase(on_workers(tmp_path, "lost"))
 
 
 @pytest.fixture(scope="module")
