@@ -88,9 +88,10 @@ def _average(config: RunConfig) -> Iterator[str]:
         if isinstance(recipe, LmLogitsRecipe):
             yield "cache.store: average is for predictions of denoisers; set cache.store: each."
         elif recipe.uses_teacher and (recipe.loss != "mse" or recipe.taps):
+            found = f"{recipe.loss} with taps" if recipe.taps else recipe.loss
             yield (
                 f"phases.{index}.recipe: with cache.store: average, wanted loss mse without taps, whose gradient alone "
-                f"is that to the average, found {recipe.loss}{' with taps' if recipe.taps else ''}; set cache.store: each."
+                f"is that to the average, found {found}; set cache.store: each."
             )
 
 

@@ -119,8 +119,8 @@ class NoiseConfig(Config):
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the draws whose caption is replaced by the empty one, for classifier-free guidance."""
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = "epsilon"
-    """What is stored of every teacher, whatever it predicts itself: the noise, the velocity, the clean latents, or noise
-    minus clean latents."""
+    """What is stored of every teacher, whatever it predicts itself: the noise, the velocity, the clean latents, or
+    noise minus clean latents."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:
