@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raydistill.cache.read import Dataset, open_manifest, without_targets
+from raydistill.config.recipes import LmLogitsRecipe
 from raydistill.config.schema import RunConfig
 from raydistill.errors import DataError
 from raydistill.models.language import head_of, hidden_states
@@ -82,13 +83,13 @@ def open_held_out(
         )
     vocab_size = dataset.inputs_manifest.facts["vocab_size"]
     assert isinstance(vocab_size, int)
-    batch = config.phases[-1].batch
+    batch, recipes = config.phases[-1].batch, [p.recipe for p in config.phases]
     return HeldOut(
         dataset,
         teachers,
         vocab_size,
-        batch_tokens=batch.micro_size * config.source.seq_len,
-        chunk_tokens=min(p.recipe.chunk_tokens for p in config.phases),
+        batch_tokens=batch.micro_size * config.text.seq_len,
+        chunk_tokens=min(r.chunk_tokens for r in recipes if isinstance(r, LmLogitsRecipe)),
     )
 
 

@@ -60,7 +60,7 @@ class Samples:
 def choose_prompts(config: RunConfig, held_out: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """`evaluate.prompts`, or the beginnings of a few held-out rows spread over the data."""
     if config.evaluate.prompts:
-        bos = [tokenizer.bos_token_id] if config.source.add_bos and tokenizer.bos_token_id is not None else []
+        bos = [tokenizer.bos_token_id] if config.text.add_bos and tokenizer.bos_token_id is not None else []
         encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.evaluate.prompts]
         return [Prompt((*bos, *ids), text) for ids, text in zip(encoded, config.evaluate.prompts, strict=True)]
     long = [i for i, n in enumerate(held_out.num_tokens) if n > PROMPT_TOKENS] or list(range(held_out.num_rows))
