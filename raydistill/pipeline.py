@@ -263,6 +263,8 @@ def _evaluate(run: Run, asked: bool) -> None:
         weights=weights,
     )
     found = on_train_hardware(run.config, evaluate_run, job)
+    for name, content in found.files.items():
+        run.store.publish(name, content)
     run.store.publish("samples.json", json.dumps(found.samples, indent=1))
     run.store.publish("cache_stats.json", json.dumps(found.cache_stats, indent=1))
     run.store.publish("metrics.json", json.dumps(found.metrics, indent=1))
