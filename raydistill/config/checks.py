@@ -5,10 +5,12 @@ Each problem is one line that starts with the dotted key it is about.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from raydistill.config.base import Config
+from raydistill.config.metrics import training_metrics
 from raydistill.config.models import DiffusersModel
 from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe
 from raydistill.config.sources import ImagesSource, TextSource
@@ -107,10 +109,21 @@ def _phase(config: RunConfig, index: int) -> Iterator[str]:
     if phase.start_from == "ema" and (index == 0 or config.phases[index - 1].ema is None):
         before = "the first phase has none before it" if index == 0 else f"phases.{index - 1}.ema is null"
         yield f"{at}.start_from: ema needs a phase before that keeps an average; {before}."
-    if phase.checkpoint.best_metric is not None and config.evaluate.every_steps is None:
+    yield from _best_metric(config, phase.checkpoint.best_metric, f"{at}.checkpoint.best_metric")
+
+
+def _best_metric(config: RunConfig, name: str | None, at: str) -> Iterator[str]:
+    if name is None:
+        return
+    known = training_metrics(config)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        nearest = f"; nearest: {near[0]}" if near else ""
+        yield f"{at}: wanted one of {', '.join(known)}; found {name!r}{nearest}."
+    elif config.evaluate.every_steps is None:
         yield (
-            f"{at}.checkpoint.best_metric: {phase.checkpoint.best_metric!r} is measured during training only when "
-            "evaluate.every_steps is set; set it, or best_metric: null."
+            f"{at}: {name!r} is measured during training only when evaluate.every_steps is set; set it, or "
+            "best_metric: null."
         )
 
 

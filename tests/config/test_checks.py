@@ -28,6 +28,9 @@ def load(settings: dict[str, JsonValue]) -> RunConfig:
 
 
 SAMPLE: dict[str, JsonValue] = {f"teachers.{i}.estimator": {"kind": "head_tail_sample"} for i in (0, 1)}
+BEST: dict[str, JsonValue] = {
+    "phases.0.checkpoint.best_metric": "top1_agreement", "evaluate.every_steps": 2,
+}  # fmt: skip
 GPU: dict[str, JsonValue] = {"resources.train": {"workers": 2, "gpus": 1}}
 
 REFUSED: list[tuple[str, dict[str, JsonValue], str]] = [
@@ -60,6 +63,11 @@ REFUSED: list[tuple[str, dict[str, JsonValue], str]] = [
     ("NVMe without a path",
      {"phases.0.zero": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "goes with device: nvme"),
     ("a metric that is never measured", {"phases.0.checkpoint.best_metric": "perplexity"}, "set it, or"),
+    ("a metric that does not exist",
+     {"phases.0.checkpoint.best_metric": "perplexty", "evaluate.every_steps": 2},
+     "phases.0.checkpoint.best_metric (settings): wanted one of loss, perplexity, top1_accuracy, ece, bits_per_byte, "
+     "kl_to_teacher, top1_agreement; found 'perplexty'; nearest: perplexity"),
+    ("an agreement without ids", {**SAMPLE, **BEST, "teachers.0.top_k": 0, "teachers.1.top_k": 0}, "'top1_agreement'"),
     ("an average from nowhere", {"phases.0.start_from": "ema"}, "the first phase has none before it"),
     ("an average that is not kept", {"phases.1.start_from": "ema"}, "phases.0.ema is null"),
     ("half a GPU to train", {"resources.train": {"workers": 2, "gpus": 0.5}}, "wanted 0 or 1 per worker"),
@@ -99,6 +107,7 @@ ALLOWED: list[tuple[str, dict[str, JsonValue]]] = [
      {"phases.0.recipe": {"alpha": 0, "top_k": 99}, "phases.1.recipe.alpha": 0, "teachers.0.weight": 0,
       "teachers.1.weight": 0}),
     ("an average that is kept", {"phases.0.ema": {}, "phases.1.start_from": "ema"}),
+    ("the best agreement", BEST),
     ("elastic training", {"resources.train": {"workers": [4, 8], "gpus": 1}}),
     ("a share of a GPU", {"resources.teacher.gpus": 0.25}),
 ]  # fmt: skip
