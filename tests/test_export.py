@@ -10,10 +10,9 @@ import torch
 from fake_run import SETTINGS, fake_metrics
 from toys import save_model, tiny_llama
 
-from raydistill import export
 from raydistill.config.schema import RunConfig
 from raydistill.errors import OutOfSpace
-from raydistill.export import export_run, model_card
+from raydistill.export import export_run, model_card, text
 from raydistill.models.student import save_student
 from raydistill.storage import Store
 
@@ -73,7 +72,7 @@ def test_an_export_that_fails_leaves_the_older_one_and_no_litter(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, "export_student", full)
+    monkeypatch.setattr(text, "export_student", full)
     with pytest.raises(OutOfSpace, match="disk is full"):
         export_run(config, store, weights=weights)
     assert {p.name: p.read_bytes() for p in Path(store.path("export")).iterdir()} == before

@@ -1,0 +1,258 @@
+"""The export of an image model: a denoiser and its scheduler as diffusers keeps them in a pipeline, and a card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from raydistill.config.recipes import NoisePredictionRecipe, RecipeConfig
+from raydistill.config.schema import RunConfig
+from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig
+from raydistill.evaluate.comparison import Line
+from raydistill.export.card import columns, lines_of, phase_line, rendered, shown, table, versions
+from raydistill.models.student import export_student
+from raydistill.signals import JsonValue
+
+LINES = {
+    "mse_to_teacher": "error to the teachers",
+    "mse_to_mean": "error to their weighted mean",
+    "mse_to_noise": "error to what is true",
+    "clip_score": "CLIP score",
+    "parameters": "parameters",
+    "samples_per_second": "denoising steps per second",
+    "images_per_second": "images per second",
+}
+PACKAGES = ("raydistill", "torch", "diffusers", "transformers", "deepspeed", "ray")
+FOLDERS = ("unet", "transformer")
+PIPELINES = {
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
+}
+"""The pipeline of diffusers that a denoiser belongs into; a UNet with size conditioning is one of SDXL."""
+
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: {{ task }}
+tags:
+- distillation
+- raydistill
+---
+
+# {{ name }}
+
+A denoiser for images, {{ origin }} with raydistill.
+
+```python
+{{ usage }}
+```
+
+{{ space }}
+{% if teachers %}
+
+## Teachers
+
+{% for teacher in teachers %}
+* `{{ teacher.name }}`: {{ teacher.source }}, weight {{ teacher.weight }}{{ teacher.more }}
+{% endfor %}
+{% endif %}
+
+## Data
+
+{{ data }}
+
+## Settings
+
+* student: {{ student }}
+{% for phase in phases %}
+* phase {{ phase }}
+{% endfor %}
+* seed {{ seed }}
+
+## Measured{% if held_out %} on {{ held_out }}{% endif %}
+
+
+{{ table }}
+
+Errors are mean squared differences of predictions{{ kind }}.{{ notes }} Speeds are of one machine and tell how the
+models relate.
+
+## Limits
+
+The model learnt from the data above alone and inherits the faults of its teachers. The licence of the teachers' weights
+and of the data apply.
+
+## Versions
+
+{{ versions }}
+"""
+
+SDXL_USAGE = """\
+import torch
+from diffusers import {pipeline}, {network}
+
+denoiser = {network}.from_pretrained("path/to/this/folder", subfolder="{folder}", torch_dtype=torch.float16)
+pipeline = {pipeline}.from_pretrained(
+    "{base}", {folder}=denoiser, torch_dtype=torch.float16
+)
+image = pipeline("a lighthouse at dusk").images[0]"""
+
+PLAIN_USAGE = """\
+from diffusers import {network}, {scheduler}
+
+denoiser = {network}.from_pretrained("path/to/this/folder", subfolder="{folder}")
+scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")"""
+
+
+def write_images(config: RunConfig, student: nn.Module, folder: Path) -> None:
+    """Write the denoiser and its scheduler into `folder`."""
+    export_student(cast(Any, student), folder, dtype=getattr(torch, config.student.model.dtype))
+
+
+def image_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path | None = None) -> str:
+    """README.md of the export: teachers, data, settings, measured numbers, versions. `folder` holds its files."""
+    roles = columns(config)
+    if config.export.weights != "ema":
+        roles = {**roles, "student_ema": "its moving average"}
+    teachers = [_teacher(t) for t in config.teachers]
+    lines = {role: _flat(line) for role, line in lines_of(metrics, roles).items()}
+    return rendered(
+        CARD,
+        name=config.name,
+        task="text-to-image" if config.images.text_encoders else "unconditional-image-generation",
+        origin=f"distilled from {' and '.join(t['source'] for t in teachers)}" if teachers else "trained",
+        teachers=teachers,
+        usage=_usage(config, folder),
+        space=_space(config),
+        data=_data(config),
+        student=f"`{shown(config.student.model.source)}`, init {config.student.init.kind}",
+        phases=[phase_line(p, _recipe(p.recipe), "draws") for p in config.phases],
+        seed=config.seed,
+        held_out=_held_out(metrics),
+        table=table("", _titles(lines), lines, roles) if lines else "Nothing was measured.",
+        kind=f" of kind `{config.images.noise.prediction_type}`",
+        notes=_notes(lines),
+        versions=versions(PACKAGES),
+    )
+
+
+def _teacher(teacher: TeacherConfig) -> dict[str, str]:
+    assert isinstance(teacher, NoisePredictionTeacher), "the configuration lets denoisers learn from these alone"
+    guided = teacher.guidance_scale not in (None, 1)
+    return {
+        "name": teacher.name,
+        "source": f"`{shown(teacher.model.source)}`",
+        "weight": f"{teacher.weight:g}",
+        "more": f", guided with `uncond + {teacher.guidance_scale:g} (cond - uncond)`" if guided else "",
+    }
+
+
+def _usage(config: RunConfig, folder: Path | None) -> str:
+    """Lines of Python that load the export."""
+    place = next((name for name in FOLDERS if folder is not None and (folder / name).is_dir()), FOLDERS[0])
+    about = _json(folder, f"{place}/config.json")
+    network = str(about.get("_class_name", "UNet2DConditionModel"))
+    pipeline = PIPELINES.get(network)
+    if config.images.vae == "none" or not config.images.text_encoders or pipeline is None:
+        scheduler = str(_json(folder, "scheduler/scheduler_config.json").get("_class_name", "DDIMScheduler"))
+        return PLAIN_USAGE.format(network=network, scheduler=scheduler, folder=place)
+    if about.get("addition_embed_type", "text_time" if folder is None else None) == "text_time":
+        pipeline = "StableDiffusionXLPipeline"
+    return SDXL_USAGE.format(network=network, pipeline=pipeline, folder=place, base=_base(config))
+
+
+def _base(config: RunConfig) -> str:
+    """A pipeline that has the other parts: where the text encoders come from."""
+    return shown(config.images.text_encoders[0].source)
+
+
+def _json(folder: Path | None, name: str) -> Mapping[str, JsonValue]:
+    if folder is None or not (folder / name).is_file():
+        return {}
+    found: Mapping[str, JsonValue] = json.loads((folder / name).read_text())
+    return found
+
+
+def _space(config: RunConfig) -> str:
+    source = config.images
+    if source.vae == "none":
+        what = "It works on pixels, scaled to [-1, 1]"
+    else:
+        what = f"It works on the latents of the autoencoder `{shown(source.vae.source)}`"
+    if not source.text_encoders:
+        return f"{what}, and takes no captions."
+    encoders = " and ".join(
+        f"`{shown(e.source)}{f'/{e.subfolder}' if e.subfolder else ''}`" for e in source.text_encoders
+    )
+    return f"{what}, conditioned on captions as {encoders} encode them."
+
+
+def _data(config: RunConfig) -> str:
+    source = config.images
+    what = ", ".join(f"`{shown(path)}`" for path in source.paths)
+    sizes = ", ".join(f"{h} × {w}" for h, w in source.buckets)
+    if not sizes:
+        sizes = f"about {source.resolution} × {source.resolution}"
+        sizes += f", sides up to {source.max_aspect:g} : 1" if source.max_aspect > 1 else ""
+    draws = source.noise.draws_per_row
+    return (
+        f"{what}: images of {sizes}; {draws} draw{'s' if draws > 1 else ''} of noise per image, timesteps "
+        f"{source.noise.timesteps[0]} to {source.noise.timesteps[1] - 1}; "
+        f"{100 * config.evaluate.held_out:g} % of the images were held out."
+    )
+
+
+def _recipe(recipe: RecipeConfig) -> str:
+    assert isinstance(recipe, NoisePredictionRecipe), "the configuration trains denoisers with this recipe alone"
+    weighting = "" if recipe.timestep_weighting == "constant" else f", {recipe.timestep_weighting} weighting"
+    if not recipe.uses_teacher:
+        return f"plain diffusion loss ({recipe.loss}){weighting}"
+    taps = f", {len(recipe.taps)} feature taps" if recipe.taps else ""
+    return f"{recipe.kind} with alpha {recipe.alpha:g}, {recipe.loss}{weighting}{taps}"
+
+
+def _held_out(metrics: Mapping[str, JsonValue]) -> str:
+    found = metrics.get("held_out")
+    if not isinstance(found, dict):
+        return ""
+    return f"{found['rows']:,} held-out images ({found['draws']:,} draws of noise)"
+
+
+def _flat(line: Line) -> Line:
+    """A line with the distances of features among its numbers."""
+    features = line.get("features")
+    if not isinstance(features, dict):
+        return line
+    name = features["extractor"]
+    return {**line, f"fd/{name}": features["frechet_distance"], f"kd/{name}": features["kernel_distance"]}
+
+
+def _titles(lines: Mapping[str, Line]) -> dict[str, str]:
+    """Titles of the table's rows: those that are known, with the errors to single teachers and the features between."""
+    titles = dict(LINES)
+    found = dict.fromkeys(name for line in lines.values() for name in line)
+    extra = {name: f"error to `{name.removeprefix('mse_to/')}`" for name in found if name.startswith("mse_to/")}
+    extra |= {name: f"Fréchet distance of `{name.removeprefix('fd/')}`" for name in found if name.startswith("fd/")}
+    extra |= {name: f"kernel distance of `{name.removeprefix('kd/')}`" for name in found if name.startswith("kd/")}
+    place = list(titles).index("clip_score")
+    return dict([*list(titles.items())[:place], *extra.items(), *list(titles.items())[place:]])
+
+
+def _notes(lines: Mapping[str, Line]) -> str:
+    """What has to be said beside distances of features: of how many images, and whether that is enough."""
+    features = next((f for line in lines.values() if isinstance(f := line.get("features"), dict)), None)
+    if features is None:
+        return ""
+    text = (
+        f" Distances of features are between {features['generated']:,} generated and {features['held_out']:,} held-out "
+        "images"
+    )
+    if not features["reliable"]:
+        text += f", too few for a Fréchet distance in {features['dimensions']:,} dimensions"
+    return text + "."
