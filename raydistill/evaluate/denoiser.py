@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raydistill.cache.open import open_dataset
+from raydistill.cache.dense_read import DenseDataset
 from raydistill.cache.read import open_manifest
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import NoiseConfig
@@ -52,6 +52,9 @@ class Draws(Protocol):
 
     def row_ids(self, indices: Sequence[int]) -> list[str]:
         """`<row id>@<draw>` of samples."""
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Captions of samples."""
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Latents, conditioning, cached noise, timesteps and predictions of samples of one bucket."""
@@ -167,8 +170,8 @@ def open_held_out_draws(
         for t in own
     )
     fields = {AVERAGE: ("prediction", "variance")} if averaged else {t.name: ("prediction",) for t in teachers}
-    dataset: Draws = open_dataset(
-        config, Store(inputs), {name: Store(signals[name]) for name in fields},
+    dataset: Draws = DenseDataset(
+        Store(inputs), {name: Store(signals[name]) for name in fields}, config.images.noise,
         split="held_out", fields=fields, max_rows=max_rows or config.evaluate.max_rows,
     )  # fmt: skip
     if not dataset.num_rows:

@@ -8,17 +8,14 @@ held-out image itself, and `who` is a role of metrics.json or `teacher/<name>`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raydistill.cache.dense import read_dense
-from raydistill.cache.open import open_dataset
-from raydistill.cache.read import open_manifest
+from raydistill.cache.dense_read import DenseDataset
 from raydistill.config.schema import ImageEvaluation, RunConfig
 from raydistill.diffusion.process import Process
 from raydistill.evaluate.denoiser import Draws
@@ -186,29 +183,17 @@ class Gallery:
 
 def open_gallery(config: RunConfig, *, inputs: str, device: torch.device) -> Gallery:
     """A gallery without pictures; `inputs` is the URI of the finished cache."""
-    dataset: Draws = open_dataset(
-        config, Store(inputs), {}, split="held_out", fields={}, max_rows=config.evaluate.max_rows
+    dataset: Draws = DenseDataset(
+        Store(inputs), {}, config.images.noise, split="held_out", fields={}, max_rows=config.evaluate.max_rows
     )
-    captions = held_out_captions(Store(inputs))
     firsts: dict[str, int] = {}
     for index, name in enumerate(dataset.row_ids(range(dataset.num_rows))):
         firsts.setdefault(name.rpartition("@")[0], index)
-    subjects = tuple(Subject(index, row_id, captions[row_id]) for row_id, index in firsts.items())
+    captions = dataset.captions([*firsts.values()])
+    subjects = tuple(
+        Subject(index, row_id, text) for (row_id, index), text in zip(firsts.items(), captions, strict=True)
+    )
     return Gallery(config, dataset, subjects, device)
-
-
-def held_out_captions(inputs: Store) -> Mapping[str, str]:
-    """Caption of every held-out row by its id; empty where the inputs have no text."""
-    found: dict[str, str] = {}
-    for record in open_manifest(inputs).split_shards("held_out"):
-        shard = read_dense(inputs, record.name)
-        captions = shard.texts("captions")
-        if not captions:
-            found |= dict.fromkeys(shard.row_ids, "")
-            continue
-        places = np.asarray(shard.tensor("prompt_index")).tolist()
-        found |= {row_id: captions[place] for row_id, place in zip(shard.row_ids, places, strict=True)}
-    return found
 
 
 def spread(subjects: Sequence[Subject], count: int) -> list[Subject]:
