@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from raydistill.cache.content import inputs_content, signal_content
+from raydistill.cache.dense_signal import NoisePredictionWorker
 from raydistill.cache.ledger import Ledger, is_described, read_description
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import Worker, map_shards, require_cluster
@@ -19,7 +20,7 @@ from raydistill.cache.signal_job import SignalJob, TeacherFactory
 from raydistill.cache.text_inputs import build_text_inputs
 from raydistill.cache.top_k_signal import INPUT_FACTS, TopKWorker
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, NoiseConfig, TextSource
 from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig, TopKLogitsTeacher
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
@@ -77,12 +78,15 @@ def build_signal(
     wanted = config.resources.teacher
     require_cluster("resources.teacher", wanted.actors[0], wanted.cpus, wanted.gpus, wanted.accelerator)
     make: Callable[[SignalJob, Any], Worker]
+    noise: NoiseConfig | None
+    repeated: tuple[str, ...]
     match teacher:
         case TopKLogitsTeacher():
-            make, repeated, unit = TopKWorker, INPUT_FACTS, "tokens"
+            make, repeated, unit, noise = TopKWorker, INPUT_FACTS, "tokens", None
             costs = {record.name: record.tokens for record in inputs_manifest.shards}
         case NoisePredictionTeacher():
-            raise NotImplementedError("signals of denoisers")
+            make, repeated, unit, noise = NoisePredictionWorker, (), "samples", config.images.noise
+            costs = {record.name: record.rows * noise.draws_per_row for record in inputs_manifest.shards}
     old = ledger.manifest
     ledger.begin()
     names = [record.name for record in inputs_manifest.shards]
@@ -95,6 +99,7 @@ def build_signal(
         facts={key: inputs_manifest.facts[key] for key in repeated},
         splits={record.name: record.split for record in inputs_manifest.shards},
         expected={record.name: record.sha256 for record in old.shards} if old else {},
+        noise=noise,
         threads=max(1, int(wanted.cpus)),
         audit_rows=config.cache.audit_rows,
         audit_tolerance=config.cache.audit_tolerance,
@@ -112,6 +117,7 @@ def build_signal(
         )
         if outcome["audit"] is not None
     }
+    ledger.require_published(names)
     fields, facts = (old.fields, old.facts) if old else read_description(store)
     manifest = ledger.finish(
         names,

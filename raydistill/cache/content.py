@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from raydistill.cache.batches import BATCH_RULE
 from raydistill.cache.codecs import CODEC_VERSIONS
+from raydistill.cache.dense_batch import BATCH_RULE as DRAWS_RULE
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.shards import INPUTS_FORMAT
 from raydistill.config.schema import RunConfig
-from raydistill.config.teachers import TeacherConfig
+from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig, TopKLogitsTeacher
+from raydistill.models.denoiser import denoiser_identity
 from raydistill.models.load import load_tokenizer, model_identity
 from raydistill.signals import JsonValue
 from raydistill.sources.text import text_content
@@ -29,15 +29,25 @@ def inputs_content(config: RunConfig) -> dict[str, JsonValue]:
 
 
 def signal_content(config: RunConfig, teacher: TeacherConfig, inputs_manifest: Manifest) -> dict[str, JsonValue]:
-    """What decides the bytes of a signal cache: inputs, the teacher's weights and settings, batch rule and codec."""
-    settings = teacher.model_dump(mode="json", exclude={"name", "weight", "model"})
-    attention: Mapping[str, JsonValue] = {"attention": getattr(teacher.model, "attention", None)}
-    return {
-        **settings,
-        **attention,
+    """What decides the bytes of a signal cache: inputs, the teacher's weights and settings, and how it is asked."""
+    settings: dict[str, JsonValue] = {
+        **teacher.model_dump(mode="json", exclude={"name", "weight", "model"}),
         "inputs": inputs_manifest.fingerprint,
-        "model": model_identity(teacher.model),
-        "batch_rule": BATCH_RULE,
-        "codec_version": CODEC_VERSIONS[teacher.codec],
         "signal_version": SIGNAL_VERSION,
     }
+    match teacher:
+        case TopKLogitsTeacher():
+            return {
+                **settings,
+                "attention": getattr(teacher.model, "attention", None),
+                "model": model_identity(teacher.model),
+                "batch_rule": BATCH_RULE,
+                "codec_version": CODEC_VERSIONS[teacher.codec],
+            }
+        case NoisePredictionTeacher():
+            return {
+                **settings,
+                "model": denoiser_identity(teacher.model),
+                "noise": config.images.noise.model_dump(mode="json"),
+                "batch_rule": DRAWS_RULE,
+            }

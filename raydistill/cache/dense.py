@@ -11,9 +11,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,7 +48,7 @@ def write_dense(
 class DenseShard:
     """A dense shard, mapped from a local file.
 
-    Raises `DataError` when the file is missing, truncated or no dense shard.
+    Raises `DataError` when the file is truncated or no dense shard, `FileNotFoundError` when there is none.
     """
 
     def __init__(self, path: Path):
@@ -57,14 +57,13 @@ class DenseShard:
             self._file = safe_open(path, framework="pt")
             self.names: tuple[str, ...] = tuple(sorted(self._file.keys()))
             self.meta: dict[str, JsonValue] = json.loads((self._file.metadata() or {})[META])
+        except FileNotFoundError:
+            raise
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise DataError(
-                f"cannot read the shard {path}: {error}. Run --stages verify, which lists damaged shards; "
-                "--stages inputs,signals then builds exactly those again."
-            ) from error
+            raise _unreadable(str(path), error) from error
         self._mapped: dict[str, Tensor] = {}
 
-    @property
+    @cached_property
     def row_ids(self) -> list[str]:
         """Ids of the rows, in order."""
         return self.texts("row_ids")
@@ -89,43 +88,53 @@ class DenseShard:
             self._mapped[name] = self._file.get_tensor(name)
         return self._mapped[name]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self.tensor(name).shape)
-
     def tensors(self) -> dict[str, Tensor]:
         """All tensors."""
         return {name: self.tensor(name) for name in self.names}
 
 
 def read_dense(store: Store, name: str) -> DenseShard:
-    """A dense shard of a cache, mapped; on an object store, fetched first."""
-    if store.is_local:
-        return DenseShard(Path(store.path(name)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        fetch(store, name, path)
-        return DenseShard(path)  # what is mapped outlives the file's name
+    """A dense shard of a cache, mapped; on an object store, fetched first. `DataError` when damaged or missing."""
+    try:
+        if store.is_local:
+            return DenseShard(Path(store.path(name)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            fetch(store, name, path)
+            return DenseShard(path)  # what is mapped outlives the file's name
+    except FileNotFoundError as error:
+        raise _unreadable(f"{store.uri}/{name}", error) from error
+
+
+def read_description(store: Store, name: str) -> dict[str, JsonValue]:
+    """The description of a dense shard, without its tensors; `DataError` when it cannot be read."""
+    try:
+        with store.filesystem.open_input_file(store.path(name)) as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, file.size())))
+        described: dict[str, JsonValue] = json.loads(header["__metadata__"][META])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(f"{store.uri}/{name}", error) from error
+    return described
+
+
+def _unreadable(where: str, error: Exception) -> DataError:
+    return DataError(
+        f"cannot read the shard {where}: {error}. Run --stages verify, which lists damaged shards; "
+        "--stages inputs,signals then builds exactly those again."
+    )
 
 
 def fetch(store: Store, name: str, path: Path) -> None:
     """Have file `name` under a local path: a second name for it where that is possible, else a copy."""
-    try:
-        if store.is_local:
-            with contextlib.suppress(OSError):  # on another disk, or one without hard links
-                path.hardlink_to(store.path(name))
-                return
-        with store.filesystem.open_input_stream(store.path(name)) as source, path.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 8 << 20)
-    except FileNotFoundError as error:
-        raise DataError(f"cannot read the shard {store.uri}/{name}: {error}. Run --stages verify.") from error
+    if store.is_local:
+        with contextlib.suppress(OSError):  # on another disk, or one without hard links
+            path.hardlink_to(store.path(name))
+            return
+    with store.filesystem.open_input_stream(store.path(name)) as source, path.open("wb") as copy:
+        shutil.copyfileobj(source, copy, 8 << 20)
 
 
 def signed(digest: bytes) -> int:
     """Eight bytes of a hash as the int64 that a tensor keeps of them."""
     return int.from_bytes(digest, "little", signed=True)
-
-
-def nbytes(dtype: torch.dtype, *shape: int) -> int:
-    """Bytes of a tensor."""
-    return dtype.itemsize * torch.Size(shape).numel()

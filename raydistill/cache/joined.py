@@ -30,9 +30,7 @@ class Joined:
     cache is listed as damaged.
     """
 
-    def __init__(
-        self, inputs: Store, signals: Mapping[str, Store], *, split: str, fields: Mapping[str, Sequence[str]]
-    ):
+    def __init__(self, inputs: Store, signals: Mapping[str, Store], *, split: str, fields: Mapping[str, Sequence[str]]):
         self.inputs_manifest = sound_manifest(inputs, "inputs")
         self.fields = {teacher: tuple(names) for teacher, names in fields.items() if names}
         self.stores: dict[str, Store] = {"": inputs}

@@ -160,6 +160,7 @@ class Dataset:
             for column in ("num_tokens", "num_targets", "text_bytes")
         }
 
+
 class MappedShard:
     """A mapped shard: single rows without a copy."""
 

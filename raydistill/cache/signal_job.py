@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from raydistill.cache.manifest import ShardRecord
+from raydistill.config.sources import NoiseConfig
 from raydistill.config.teachers import TeacherConfig
 from raydistill.errors import VerificationFailed
 from raydistill.signals import JsonValue, Teacher
 
-TeacherFactory = Callable[[TeacherConfig, int], Teacher]
+TeacherFactory = Callable[[TeacherConfig, int | NoiseConfig], Teacher]
+"""Loads a teacher; it is told the number of real token ids, or what noise denoisers are asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class SignalJob:
     """Split of each shard."""
     expected: dict[str, str]
     """Hashes that a finished cache had, by shard: a rebuilt shard with another one is audited."""
+    noise: NoiseConfig | None
+    """What denoisers are asked about."""
     threads: int
     audit_rows: int
     audit_tolerance: float

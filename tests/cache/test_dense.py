@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyarrow import fs
 
-from raydistill.cache.dense import DenseShard, dense_name, read_dense, signed, write_dense
+from raydistill.cache.dense import DenseShard, dense_name, fetch, read_dense, read_description, signed, write_dense
 from raydistill.errors import DataError
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
@@ -46,6 +46,26 @@ def test_what_was_written_is_read_bit_by_bit(tmp_path: Path) -> None:
         assert shard.tensor(name).dtype == tensor.dtype
         assert torch.equal(shard.tensor(name).view(torch.uint8), tensor.view(torch.uint8))
     assert set(shard.tensors()) == set(tensors())
+
+
+def test_the_description_is_read_without_the_tensors(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    write_dense(store, "s", tensors(), meta=META, split="train", rows=3)
+    with (tmp_path / "s").open("r+b") as file:
+        file.truncate(2000)
+    assert read_description(store, "s") == META
+
+
+def test_a_fetched_file_is_a_second_name_or_a_copy(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    write_dense(store, "s", tensors(), meta=META, split="train", rows=3)
+    fetch(store, "s", tmp_path / "link")
+    assert (tmp_path / "link").samefile(tmp_path / "s")
+    far = Store(tmp_path)
+    far.filesystem = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
+    fetch(far, "s", tmp_path / "copy")
+    assert not (tmp_path / "copy").samefile(tmp_path / "s")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "s").read_bytes()
 
 
 def test_slices_and_transposes_are_written_as_their_values(tmp_path: Path) -> None:
@@ -91,6 +111,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
             save_file(tensors(), path)
     with pytest.raises(DataError, match=r"cannot read the shard .*/s: .*--stages verify"):
         read_dense(store, "s")
+    if damage != "truncated":
+        with pytest.raises(DataError, match=r"cannot read the shard .*/s: .*--stages verify"):
+            read_description(store, "s")
 
 
 def test_shards_of_an_object_store_are_fetched(tmp_path: Path) -> None:
@@ -98,7 +121,7 @@ def test_shards_of_an_object_store_are_fetched(tmp_path: Path) -> None:
     far.filesystem = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
     write_dense(far, "s", tensors(), meta=META, split="train", rows=3)
     assert torch.equal(read_dense(far, "s").tensor("half"), tensors()["half"])
-    with pytest.raises(DataError, match="cannot read the shard .*/none"):
+    with pytest.raises(DataError, match=r"cannot read the shard .*/none"):
         read_dense(far, "none")
 
 

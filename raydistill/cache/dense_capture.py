@@ -1,0 +1,93 @@
+"""From a denoising teacher and images to a signal: plain Python that does the same inside an actor and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from raydistill.cache.dense import DenseShard
+from raydistill.cache.dense_batch import Draw, cut_draws, denoiser_batch, draws_of, noise_hashes
+from raydistill.config.sources import NoiseConfig
+from raydistill.errors import ConfigError, DataError
+from raydistill.signals import Field, JsonValue, Schema, Teacher, check_batch
+
+OWN_FIELDS: Schema = {
+    "timestep": Field(torch.int32, (), "timestep of the draw"),
+    "noise_sha": Field(torch.int64, (), "first 8 bytes of the sha256 of the draw's noise in fp32, little-endian"),
+}
+"""What a signal keeps of each draw besides what the teacher says; every field has the axis `draw` first."""
+
+
+def capture_draws(
+    teacher: Teacher,
+    shard: DenseShard,
+    noise: NoiseConfig,
+    *,
+    batch_rows: int,
+    dtype: torch.dtype,
+    where: str,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> dict[str, Tensor]:
+    """What `teacher` says about every draw of the images of an inputs shard: [rows, draws, ...], stored as `dtype`.
+
+    `progress` gets the number of samples of each batch. Raises `ConfigError` when a batch does not fit into memory or a
+    value does not fit into `dtype`, `DataError` when a value is not finite.
+    """
+    draws = draws_of(shard, noise.draws_per_row)
+    pieces: dict[str, list[Tensor]] = {name: [] for name in (*teacher.schema, *OWN_FIELDS)}
+    for part, batch in _ahead(cut_draws(draws, batch_rows), noise):
+        for name, values in predictions(teacher, batch, where=where).items():
+            pieces[name].append(_stored(values, dtype, part, f"{where}: {name}"))
+        pieces["timestep"].append(batch["timestep"].int())
+        pieces["noise_sha"].append(torch.tensor(noise_hashes(batch["noise"])))
+        progress(len(part))
+    whole = {name: torch.cat(parts) for name, parts in pieces.items()}
+    return {name: values.reshape(shard.rows, noise.draws_per_row, *values.shape[1:]) for name, values in whole.items()}
+
+
+def predictions(teacher: Teacher, batch: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """What a teacher says about a batch, checked against its schema; `ConfigError` when memory runs out."""
+    try:
+        signal = teacher(batch)
+    except torch.OutOfMemoryError as error:
+        shape = tuple(batch["latents"].shape)
+        raise ConfigError(
+            f"{where}: the teacher's batch of {shape[0]} latents of {shape[1:]} does not fit into its device's memory. "
+            "Lower teachers.*.batch_rows (which makes a new cache)."
+        ) from error
+    check_batch(signal, teacher.schema, where=where)
+    return signal
+
+
+def signal_meta(inputs: DenseShard) -> dict[str, JsonValue]:
+    """The description of a signal shard: the rows of its inputs shard and what the teacher saw of them."""
+    kept = ("split", "bucket", "row_ids", "row_sha")
+    return {"kind": "signal", **{key: inputs.meta[key] for key in kept if key in inputs.meta}}
+
+
+def _ahead(parts: Sequence[Sequence[Draw]], noise: NoiseConfig) -> Iterator[tuple[Sequence[Draw], dict[str, Tensor]]]:
+    """Each batch while the one after it is being made, so that a teacher on a GPU does not wait for noise."""
+    with ThreadPoolExecutor(1, thread_name_prefix="raydistill-draws") as pool:
+        made = [pool.submit(denoiser_batch, part, noise) for part in parts[:1]]
+        for place, part in enumerate(parts):
+            batch = made.pop().result()
+            made += [pool.submit(denoiser_batch, after, noise) for after in parts[place + 1 : place + 2]]
+            yield part, batch
+
+
+def _stored(values: Tensor, dtype: torch.dtype, draws: Sequence[Draw], what: str) -> Tensor:
+    values = values.cpu()
+    kept = values.to(dtype)
+    if kept.isfinite().all():
+        return kept
+    place = int((~kept.isfinite()).flatten(1).any(1).nonzero()[0])
+    draw = f"row {draws[place].row_id}, draw {draws[place].draw}"
+    if values[place].isfinite().all():
+        raise ConfigError(
+            f"{what} of {draw} has a value of {float(values[place].abs().max()):g}, beyond {dtype}. Store predictions "
+            "otherwise: teachers.*.store_dtype: bfloat16 or float32."
+        )
+    raise DataError(f"{what} of {draw} is not finite. Look at the teacher's weights, or give its model another dtype.")
