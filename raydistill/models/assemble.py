@@ -1,4 +1,4 @@
-"""Putting a language model together from a configuration and named tensors, exactly or not at all."""
+"""Putting a model together from a configuration and named tensors, exactly or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -53,26 +53,42 @@ def fill(
             )
         given.setdefault(source, given[alias])
         del given[alias]
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
-    shapes = [
-        f"{name} (wanted {list(wanted[name])}, found {list(given[name].shape)})"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name]
-    ]
-    problem = differences([n for n in wanted if n not in given], [n for n in given if n not in wanted], shapes)
-    if problem:
-        raise DataError(
-            f"{where}: wanted the {len(wanted)} tensors of {type(model).__name__}, found {len(given)} tensors; "
-            f"{problem}. Use the weights and the config.json of one and the same model."
-        )
-    for name, tensor in given.items():
-        given[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    _require_all(wanted, given, where=where, kind=type(model).__name__)
+    given = _in_dtype(given, dtype)
     for alias, source in tied.items():
         given[alias] = given[source]
     model.load_state_dict(given, strict=True, assign=True)
     model.tie_weights()
     model.config.dtype = next(model.parameters()).dtype
     return model.eval()
+
+
+def fill_network(
+    network: nn.Module, state: Mapping[str, Tensor], *, where: str, dtype: torch.dtype | None = None
+) -> None:
+    """Give a network without tied weights exactly the tensors of `state`, as `fill` does."""
+    _require_all(network.state_dict(), state, where=where, kind=type(network).__name__)
+    network.load_state_dict(_in_dtype(state, dtype), strict=True, assign=True)
+    network.eval()
+
+
+def _require_all(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, where: str, kind: str) -> None:
+    shapes = [
+        f"{name} (wanted {list(wanted[name].shape)}, found {list(given[name].shape)})"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    problem = differences([n for n in wanted if n not in given], [n for n in given if n not in wanted], shapes)
+    if problem:
+        raise DataError(
+            f"{where}: wanted the {len(wanted)} tensors of {kind}, found {len(given)} tensors; "
+            f"{problem}. Use the weights and the config.json of one and the same model."
+        )
+
+
+def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in state.items()}
 
 
 def differences(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
@@ -95,16 +111,16 @@ def own_state(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a folder with `model.safetensors` or its sharded form, memory-mapped."""
+def read_weights(path: Path, *, name: str = "model.safetensors") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a folder with the file `name` or its sharded form, memory-mapped."""
     if path.is_dir():
-        index = path / "model.safetensors.index.json"
+        index = path / f"{name}.index.json"
         if not index.exists():
-            return _read_file(path / "model.safetensors")
+            return _read_file(path / name)
         names: dict[str, str] = json.loads(index.read_text())["weight_map"]
         tensors: dict[str, Tensor] = {}
-        for name in sorted(set(names.values())):
-            tensors.update(_read_file(path / name))
+        for file in sorted(set(names.values())):
+            tensors.update(_read_file(path / file))
         missing = sorted(set(names) - set(tensors))
         if missing:
             raise DataError(
