@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from raydistill.cache.manifest import FieldRecord, Manifest, ShardRecord, fingerprint_of, parse_manifest
 from raydistill.cache.shards import RECORDS, read_records
-from raydistill.errors import CacheMismatch
+from raydistill.errors import CacheMismatch, ConfigError
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -24,6 +24,8 @@ DAMAGED = "damaged.json"
 CONTENT = "content.json"
 TEACHER = "teacher.json"
 BUILD = "build.json"
+LISTING_SECONDS = 60.0
+"""A network file system may show a folder as it was this long ago."""
 
 
 class Ledger:
@@ -84,6 +86,10 @@ class Ledger:
         done = self.done()
         return [name for name in names if name not in done]
 
+    def require_published(self, names: Sequence[str]) -> None:
+        """`ConfigError` when this process does not see the records of shards that actors have published."""
+        require_seen(self.store / RECORDS, [f"{name}.json" for name in names])
+
     def report_changed(self, names: Sequence[str]) -> None:
         """Tell the user of shards that were rebuilt with another hash."""
         if names:
@@ -102,7 +108,11 @@ class Ledger:
         facts: Mapping[str, JsonValue],
         build: Mapping[str, JsonValue],
     ) -> Manifest:
-        """Publish the manifest, note in build.json how it came about, and remove the list of damages."""
+        """Publish the manifest, note in build.json how it came about, and remove the list of damages.
+
+        Raises `ConfigError` when shards were published where this process does not see them.
+        """
+        self.require_published(names)
         records = read_records(self.store)
         manifest = Manifest.model_validate(
             {"kind": kind, "content": self.content, "fingerprint": self.fingerprint, "parent": parent}
@@ -122,6 +132,20 @@ class Ledger:
         self.store.delete_leftovers()
         (self.store / RECORDS).delete_leftovers()
         return manifest
+
+
+def require_seen(folder: Store, names: Sequence[str]) -> None:
+    """`ConfigError` unless this process sees all the files that actors say they have published in `folder`."""
+    deadline = time.monotonic() + LISTING_SECONDS
+    while missing := sorted(set(names) - set(folder.names())):
+        if time.monotonic() >= deadline:
+            raise ConfigError(
+                f"cache.dir: wanted one folder that all nodes of the cluster see, found {len(missing)} of {len(names)} "
+                f"files published elsewhere ({missing[0]} is not in {folder.uri} on {platform.node()}). "
+                "Point cache.dir (and run_dir) at a file system that all nodes share, or at an object store, and run "
+                "the same command again."
+            )
+        time.sleep(min(1.0, LISTING_SECONDS))
 
 
 def write_description(store: Store, fields: Mapping[str, FieldRecord], facts: Mapping[str, JsonValue]) -> None:

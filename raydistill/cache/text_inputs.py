@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 
-from raydistill.cache.ledger import Ledger, changed_hashes
+from raydistill.cache.ledger import Ledger, changed_hashes, require_seen
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import map_over_actors
 from raydistill.cache.shards import INPUT_FIELDS, field_records, publish_record, read_records, write_inputs
@@ -74,6 +74,7 @@ def _stage(config: RunConfig, staging: Store) -> tuple[range, Counter[str]]:
             for outcome in map_over_actors(make, pending, cpus=config.resources.decode.cpus, actors=actors):
                 total_rows += outcome["rows"]
                 progress.advance(outcome["bytes"], note=f"{total_rows:,} rows")
+            require_seen(staging, [unit_name(unit.index) for unit in work[:stop]])
             total_rows = 0
             dropped = Counter()
             for unit in work[:stop]:

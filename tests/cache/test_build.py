@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest_cache import Built, InProcess, Killed, build_all, cache_bytes
 
-from raydistill.cache import build, pool, text_inputs, top_k_signal
+from raydistill.cache import build, ledger, pool, text_inputs, top_k_signal
 from raydistill.cache.ledger import DAMAGED, Ledger, read_damaged, write_damaged
 from raydistill.cache.manifest import fingerprint_of
 from raydistill.cache.shards import read_inputs, read_records, read_signal
@@ -212,6 +212,26 @@ def test_a_rebuilt_shard_that_fails_the_audit_is_refused(
     with pytest.raises(VerificationFailed, match="audit"):
         build_all(built.config)
     assert name in read_damaged(built.signal)
+
+
+@pytest.mark.parametrize("kind", ["inputs", "signal"])
+def test_a_folder_that_nodes_do_not_share_is_named(
+    built: Built, in_process: InProcess, make_config: Config, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    config = make_config("other")
+    root = str(config.cache.dir)
+
+    def on_another_node(stage_or_publish: Callable[..., object]) -> Callable[..., object]:
+        def call(store: Store, *arguments: object) -> object:
+            return stage_or_publish(Store(store.uri.replace(root, f"{root}-of-another-node")), *arguments)
+
+        return call
+
+    module, name = (text_inputs, "stage_unit") if kind == "inputs" else (top_k_signal, "publish_record")
+    monkeypatch.setattr(module, name, on_another_node(getattr(module, name)))
+    monkeypatch.setattr(ledger, "LISTING_SECONDS", 0)
+    with pytest.raises(ConfigError, match=r"cache.dir: wanted one folder that all nodes .* found (\d) of \1 files"):
+        build_all(config)
 
 
 def test_max_rows_takes_the_first_rows_of_the_source(
