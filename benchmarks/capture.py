@@ -5,7 +5,7 @@
 One run measures, with the same number of threads: the pipeline from the first shard's record to the last one's (steady
 state), its start-up (everything before the first record, less that shard's own time), then in this process the teacher
 on the same collated batches, and the bare model up to its logits. Ray is stopped before the bare measurements.
-By default one core is left for what is not the teacher (Ray's own processes, the writing of shards); with `--threads` for
+By default one core is left for what is not the teacher (Ray's own processes, writing shards); with `--threads` for
 all cores these take their share of the teacher's time (results/capture_all_cores.json, on two cores).
 """
 
