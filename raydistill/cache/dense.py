@@ -7,6 +7,7 @@ tensors and description give the same bytes, on every machine. Files are mapped,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -133,6 +135,13 @@ def fetch(store: Store, name: str, path: Path) -> None:
             return
     with store.filesystem.open_input_stream(store.path(name)) as source, path.open("wb") as copy:
         shutil.copyfileobj(source, copy, 8 << 20)
+
+
+def row_sha(latents: Tensor, caption: str) -> str:
+    """What identifies the content of a row, whatever its id: 16 digits of the sha256 of latents and caption."""
+    digest = hashlib.sha256(latents.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(caption.encode())
+    return digest.hexdigest()[:16]
 
 
 def signed(digest: bytes) -> int:
