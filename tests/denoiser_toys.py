@@ -18,7 +18,7 @@ DDPM: dict[str, JsonValue] = {
     "_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
     "beta_start": 0.00085, "beta_end": 0.012,
 }  # fmt: skip
-FLOW: dict[str, JsonValue] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+FLOW: dict[str, JsonValue] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3}
 CHANNELS, SIDE = 3, 8
 TEXT, POOLED = 8, 6
 

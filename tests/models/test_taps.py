@@ -81,7 +81,7 @@ def test_shapes_are_found_without_computing_anything() -> None:
 
 
 def test_a_path_that_is_none_is_answered_with_near_ones() -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.taps, tap 'mid': wanted a module .* found no 'midblock'.*mid_block"):
+    with pytest.raises(ConfigError, match=r"recipe\.taps, tap 'mid': wanted a module.*no 'midblock'.*mid_block"):
         Taps(tiny_unet(), {"mid": "midblock"}, where="recipe.taps")
     with pytest.raises(ConfigError, match="found no ''"):
         Taps(tiny_unet(), {"all": ""}, where="recipe.taps")
