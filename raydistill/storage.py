@@ -15,6 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pyarrow import fs
@@ -76,8 +77,11 @@ class Store:
         """Content of a UTF-8 file."""
         return self.read(name).decode()
 
-    def publish(self, name: str, write: bytes | str | Callable[[Path], None]) -> None:
-        """Make file `name` appear, whole, with the given content or what `write(path)` writes to a local path."""
+    def publish(self, name: str, write: bytes | str | Callable[[Path], None]) -> str:
+        """Make file `name` appear, whole, with the given content or what `write(path)` writes to a local path.
+
+        Returns its sha256, in hexadecimal.
+        """
         if self.is_local:
             final = Path(self.path(name))
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -85,17 +89,20 @@ class Store:
             try:
                 with full_disk_explained(final):
                     _write(part, write)
-                    _sync(part)
+                    with ThreadPoolExecutor(1) as pool:  # hashed while the disk is still writing
+                        digest = pool.submit(_sha256, part)
+                        _sync(part)
                     os.replace(part, final)
                     _sync(final.parent)
             finally:
                 part.unlink(missing_ok=True)
-            return
+            return digest.result()
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "file"
             _write(part, write)
             with self.filesystem.open_output_stream(self.path(name)) as out, part.open("rb") as source:
                 shutil.copyfileobj(source, out, 8 << 20)
+            return _sha256(part)
 
     def delete(self, name: str) -> None:
         """Remove file `name` if it is there."""
@@ -146,6 +153,11 @@ def _write(path: Path, write: bytes | str | Callable[[Path], None]) -> None:
     else:
         path.write_bytes(write.encode() if isinstance(write, str) else write)
     readable_by_others(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

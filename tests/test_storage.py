@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -47,3 +48,9 @@ def test_full_disk_is_said_in_words_and_leaves_the_old_file(tmp_path: Path, erro
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="no"), full_disk_explained(tmp_path):
         raise PermissionError("no")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_is_published_is_hashed_as_it_lies_there(tmp_path: Path, scheme: str) -> None:
+    store = Store(f"{scheme}{tmp_path}")
+    assert store.publish("a", b"some bytes") == hashlib.sha256(b"some bytes").hexdigest() == store.sha256("a")

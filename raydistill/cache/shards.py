@@ -109,8 +109,8 @@ def write_inputs(store: Store, name: str, rows: Sequence[InputRow], *, split: st
             for start, stop in _groups(np.array([len(row.input_ids) for row in rows])):
                 writer.write_table(pa.table(input_columns(rows[start:stop]), schema=schema))
 
-    store.publish(name, write)
-    return _record(store, name, split, len(rows), sum(len(row.input_ids) for row in rows))
+    sha256 = store.publish(name, write)
+    return _record(store, name, split, len(rows), sum(len(row.input_ids) for row in rows), sha256)
 
 
 def input_columns(rows: Sequence[InputRow] | Sequence[TextRow]) -> list[pa.Array]:
@@ -211,8 +211,8 @@ def write_signal(
             for start, stop in _groups(shard.num_targets):
                 writer.write_table(pa.table(_signal_columns(shard, start, stop, codec), schema=schema))
 
-    store.publish(name, write)
-    return _record(store, name, split, len(shard.row_ids), int(shard.num_targets.sum()))
+    sha256 = store.publish(name, write)
+    return _record(store, name, split, len(shard.row_ids), int(shard.num_targets.sum()), sha256)
 
 
 def _signal_columns(shard: SignalShard, start: int, stop: int, codec: Codec) -> list[pa.Array]:
@@ -326,10 +326,9 @@ def read_records(store: Store, *, broken: dict[str, str] | None = None) -> dict[
     return records
 
 
-def _record(store: Store, name: str, split: str, rows: int, tokens: int) -> ShardRecord:
+def _record(store: Store, name: str, split: str, rows: int, tokens: int, sha256: str) -> ShardRecord:
     return ShardRecord.model_validate(
-        {"name": name, "split": split, "rows": rows, "tokens": tokens}
-        | {"bytes": store.size(name), "sha256": store.sha256(name)}
+        {"name": name, "split": split, "rows": rows, "tokens": tokens} | {"bytes": store.size(name), "sha256": sha256}
     )
 
 
