@@ -131,7 +131,7 @@ def load_space(vae: VaeConfig | Literal["none"], device: str = "cpu") -> Space:
             network, missing = _from_file(empty, part.root)
         else:
             network, info = CLASSES[type(empty).__name__].from_pretrained(
-                part.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+                part.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
             missing = sorted(info["missing_keys"])
     if missing:

@@ -69,6 +69,24 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: hashes[name] for path, name in names.items()}
 
 
+def group_hashes(groups: Mapping[str, Mapping[str, Path]]) -> dict[str, str]:
+    """One hash per group of many small local files, by their names and bytes, remembered by their sizes and times.
+
+    A group that changes is read again as a whole; it costs one entry of `hashes.json`.
+    """
+    return remembered({key: (_group_stamp(files), partial(_group_hash, files)) for key, files in groups.items()})
+
+
+def _group_hash(files: Mapping[str, Path]) -> str:
+    lines = "".join(f"{_hash(path)}  {name}\n" for name, path in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _group_stamp(files: Mapping[str, Path]) -> str:
+    stamps = {name: _stamp(path) for name, path in sorted(files.items())}
+    return hashlib.sha256(repr(stamps).encode()).hexdigest() if all(stamps.values()) else ""
+
+
 def _hash(path: Path) -> str:
     with path.open("rb") as stream:
         return stream_sha256(stream)

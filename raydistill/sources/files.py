@@ -6,7 +6,7 @@ import bz2
 import gzip
 import lzma
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -40,7 +40,7 @@ class DataFile:
 
     def open(self) -> BinaryIO:
         """The decompressed bytes."""
-        stream = _open(self.uri)
+        stream = open_uri(self.uri)
         if self.compression == "gzip":
             return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
         if self.compression == "bz2":
@@ -52,7 +52,8 @@ class DataFile:
         return stream
 
 
-def _open(uri: str) -> BinaryIO:
+def open_uri(uri: str) -> BinaryIO:
+    """The bytes of a file by its absolute path or URI; seekable."""
     filesystem, path = _place(uri)
     return cast(BinaryIO, filesystem.open_input_file(path))
 
@@ -72,7 +73,7 @@ def find_files(paths: Sequence[str]) -> list[DataFile]:
     """
     found: dict[str, int] = {}
     for path in paths:
-        matches = _matches(path)
+        matches = listed(path, _is_data)[1]
         if not matches:
             raise DataError(f"source.paths: {path} gives no file; wanted Parquet, JSON lines, JSON or plain text there")
         found |= matches
@@ -93,18 +94,23 @@ def find_files(paths: Sequence[str]) -> list[DataFile]:
     return sorted(files)
 
 
-def _matches(path: str) -> dict[str, int]:
-    """Sizes by absolute path or URI of the files that one entry of `paths` stands for."""
+def listed(path: str, is_data: Callable[[PurePosixPath], bool]) -> tuple[str, dict[str, int]]:
+    """The files that one entry of `paths` stands for: sizes by absolute path or URI, and the folder they lie below.
+
+    That folder is the entry itself, the part of a glob before its first wildcard, or where a single file lies. In a
+    folder only the files with an `is_data` path below it are taken. `DataError` when nothing is there.
+    """
     if path.startswith(("pypi://", "package://")):
         path = str(resolve_source(path))
     remote = "://" in path
     filesystem, where = _place(path if remote else str(Path(path).expanduser().absolute()))
     info = filesystem.get_file_info(where)
+    fixed = where
     if info.type == fs.FileType.File:
-        infos = [info]
+        fixed, infos = str(PurePosixPath(where).parent), [info]
     elif info.type == fs.FileType.Directory:
         below = filesystem.get_file_info(fs.FileSelector(where, recursive=True))
-        infos = [i for i in below if _is_data(PurePosixPath(i.path[len(where) :].lstrip("/")))]
+        infos = [i for i in below if is_data(PurePosixPath(i.path[len(where) :].lstrip("/")))]
         if not infos and any(i.extension == "arrow" for i in below):
             raise DataError(f"source.paths: {path} was saved by `datasets`; name it in source.dataset.id instead")
     elif GLOB.search(where):
@@ -117,7 +123,7 @@ def _matches(path: str) -> dict[str, int]:
         near = "" if remote else f"; {nearest_names(Path(where))}"
         raise DataError(f"source.paths: wanted a file or folder {path}, found nothing there{near}")
     prefix = f"{path.split('://')[0]}://" if remote else ""
-    return {f"{prefix}{i.path}": i.size for i in infos if i.type == fs.FileType.File}
+    return f"{prefix}{fixed}", {f"{prefix}{i.path}": i.size for i in infos if i.type == fs.FileType.File}
 
 
 def _is_data(path: PurePosixPath) -> bool:
@@ -160,5 +166,5 @@ def _remote_stamp(file: DataFile) -> str:
 
 
 def _remote_hash(file: DataFile) -> str:
-    with _open(file.uri) as stream:
+    with open_uri(file.uri) as stream:
         return stream_sha256(stream)

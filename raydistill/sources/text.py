@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +24,7 @@ from raydistill.sources.chat import RENDER_ERRORS, Span, rendered, require_templ
 from raydistill.sources.files import DataFile, content_hashes, find_files
 from raydistill.sources.packing import Bool, Int32, Int64, Packer, Tokens, pieces
 from raydistill.sources.records import Document, documents, open_parquet
+from raydistill.sources.splits import LONE_SURROGATE, Split, split_of
 
 ROWS_VERSION = 1
 """Raised when the same files and settings would give other rows."""
@@ -33,11 +32,6 @@ UNIT_BYTES = 32 << 20
 """Files and Parquet row groups are put together up to this size on disk."""
 ENCODE_CHARS = 1 << 20
 """Text that is tokenised at once; a longer document is tokenised in blocks that end after a line."""
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Halves of characters, which JSON can spell and UTF-8 cannot; they become the replacement character."""
-
-Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +147,6 @@ def require_rows(num_rows: int, dropped: Counter[str], source: TextSource) -> No
         f"source: {_named(source)} gives no usable row; documents dropped: {counts}. See source.text_key, "
         f"source.min_tokens ({source.min_tokens}), source.seq_len ({source.seq_len}) and source.long_documents."
     )
-
-
-def split_of(content: str, held_out: float) -> Split:
-    """The split of a document by the hash of its text, so that equal documents are never in both."""
-    draw = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
-    return "held_out" if draw < held_out else "train"
 
 
 def _row(split: Split, members: list[Tokens]) -> TextRow:

@@ -1,0 +1,58 @@
+"""What defines a source of images: the content that its cache's fingerprint is made of, and what cannot be encoded.
+
+Reads the headers of autoencoder and text encoders, never their weights.
+"""
+
+from __future__ import annotations
+
+from raydistill.config.sources import ImagesSource
+from raydistill.errors import ConfigError
+from raydistill.models.autoencoder import space_facts, space_identity
+from raydistill.models.text_encoder import text_facts, text_identity
+from raydistill.signals import JsonValue
+from raydistill.sources.buckets import buckets_of
+from raydistill.sources.image_files import file_content, find_image_files
+from raydistill.sources.images import captions_of
+
+ROWS_VERSION = 1
+"""Raised when the same files and settings would give other rows or other pixels."""
+
+
+def require_fitting_buckets(source: ImagesSource) -> None:
+    """Raise `ConfigError`, with the bucket and the factor, unless every bucket is a whole number of latents."""
+    factor = space_facts(source.vae).factor
+    for height, width in buckets_of(source):
+        if height % factor or width % factor:
+            remedy = "buckets" if source.buckets else "resolution and bucket_step"
+            raise ConfigError(
+                f"source.buckets: the bucket [{height}, {width}] is not divisible by the autoencoder's factor of "
+                f"{factor} pixels per latent; wanted multiples of {factor}. Change source.{remedy}."
+            )
+
+
+def image_content(source: ImagesSource) -> dict[str, JsonValue]:
+    """What defines the rows and their encodings, for the fingerprint: the files' hashes, autoencoder and text encoders
+    with their settings, the buckets, and every setting of the source but its noise.
+
+    Raises `ConfigError` for what cannot be encoded: see `require_fitting_buckets` and `text_facts`.
+    """
+    require_fitting_buckets(source)
+    text_facts(source.text_encoders)
+    files = find_image_files(source.paths)
+    settings = source.model_dump(
+        mode="json", exclude={"paths", "noise", "vae", "text_encoders", "buckets", "max_corrupt", "resolution"}
+    )
+    for key in ("bucket_step", "max_aspect"):  # what they decide are the buckets
+        settings.pop(key)
+    if not source.text_encoders:
+        settings.pop("caption_key")
+    if not any(file.kind == "parquet" for file in files):
+        settings.pop("image_key")
+    return {
+        **settings,
+        **file_content(files, captions_of(files, source).files),
+        "buckets": [list(bucket) for bucket in buckets_of(source)],
+        "vae": space_identity(source.vae),
+        "text_encoders": [text_identity(encoder) for encoder in source.text_encoders],
+        "rows_version": ROWS_VERSION,
+    }
