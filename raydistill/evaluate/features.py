@@ -44,7 +44,9 @@ class Extractor:
         self.name, self.size, self.device = extractor_name(source), size, device
         path = extractor_file(source)
         try:
-            self.network = cast(nn.Module, torch.jit.load(str(path), map_location=device)).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is what published extractors are
+                self.network = cast(nn.Module, torch.jit.load(str(path), map_location=device)).eval()
         except RuntimeError as error:
             raise DataError(
                 f"evaluate.images.feature_extractor: {path} is no TorchScript file that this torch can read: "
