@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from raydistill.config.models import ModelConfig, PythonModel, TransformersModel
+from raydistill.config.models import LanguageModelConfig, PythonModel, TransformersModel
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.gguf import gguf_base, gguf_folder
 from raydistill.models.hashes import file_hashes, file_sha256, home
@@ -60,7 +60,7 @@ ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_fla
 """Where a model class of transformers says which implementations of attention it has; all have `eager`."""
 
 
-def load_language_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_language_model(model: LanguageModelConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its weights, in evaluation mode on the CPU, in `dtype` (by default that of the configuration).
 
     Raises `DataError` when the weights are missing, unreadable or do not fill the architecture, `ConfigError` when it
@@ -94,7 +94,7 @@ def load_language_model(model: ModelConfig, *, dtype: torch.dtype | None = None)
     return loaded.eval()
 
 
-def language_config(model: ModelConfig) -> PreTrainedConfig:
+def language_config(model: LanguageModelConfig) -> PreTrainedConfig:
     """The architecture, with `overrides` applied; reads no weights of a folder or Hub model.
 
     Raises `ConfigError` for unknown overrides, or when it does not have the wanted implementation of attention.
@@ -108,7 +108,7 @@ def language_config(model: ModelConfig) -> PreTrainedConfig:
         return _overridden(config, model.overrides, model.source)
 
 
-def empty_language_model(model: ModelConfig) -> PreTrainedModel:
+def empty_language_model(model: LanguageModelConfig) -> PreTrainedModel:
     """The model without weights, on the meta device: names, shapes and parameter counts for nothing."""
     if isinstance(model, PythonModel):
         with torch.device("meta"):
@@ -174,7 +174,7 @@ def require_same_vocabulary(
     )
 
 
-def model_identity(model: ModelConfig) -> dict[str, JsonValue]:
+def model_identity(model: LanguageModelConfig) -> dict[str, JsonValue]:
     """What decides the model's output, for fingerprints: hashes of the weights (or Hub commit), architecture, dtype."""
     if isinstance(model, PythonModel):
         file = inspect.getsourcefile(_function(model))

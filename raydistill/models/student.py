@@ -7,17 +7,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from raydistill.config.models import (
     CheckpointInit,
+    DiffusersModel,
+    LanguageModelConfig,
     LayersInit,
-    ModelConfig,
     PretrainedInit,
     RandomInit,
     SharedCoreInit,
@@ -26,6 +28,12 @@ from raydistill.config.models import (
 )
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.assemble import differences, fill, own_state, read_weights, require_plain_numbers, skeleton
+from raydistill.models.denoiser_student import (
+    build_denoiser,
+    export_denoiser,
+    load_denoiser_student,
+    save_denoiser,
+)
 from raydistill.models.hub import hub_folder
 from raydistill.models.layers import keep_layers, num_blocks, spread
 from raydistill.models.load import WEIGHT_PATTERNS, language_config, load_language_model, resolve_source
@@ -40,7 +48,11 @@ INCIDENTAL = ("transformers_version", "architectures", "dtype", "_name_or_path")
 """Keys of a configuration that say who wrote it, not what it describes."""
 
 
-def build_student(student: StudentConfig, *, seed: int) -> PreTrainedModel:
+Student: TypeAlias = PreTrainedModel | ModelMixin
+"""A language model of transformers, or a denoiser of diffusers with `.process`."""
+
+
+def build_student(student: StudentConfig, *, seed: int) -> Student:
     """The student before training: fp32, on the CPU, in evaluation mode.
 
     `seed` decides a random initialisation, which is the same in every process. Weights are read in
@@ -48,6 +60,8 @@ def build_student(student: StudentConfig, *, seed: int) -> PreTrainedModel:
     fp32 before it is small. `ConfigError` says what does not fit.
     """
     source, init = student.model, student.init
+    if isinstance(source, DiffusersModel):
+        return build_denoiser(student, seed=seed)
     match init:
         case RandomInit():
             return _random(source, seed)
@@ -70,7 +84,7 @@ def build_student(student: StudentConfig, *, seed: int) -> PreTrainedModel:
     return model
 
 
-def _random(source: ModelConfig, seed: int) -> PreTrainedModel:
+def _random(source: LanguageModelConfig, seed: int) -> PreTrainedModel:
     config = language_config(source)
     attention = source.attention if isinstance(source, TransformersModel) else None
     with torch.random.fork_rng(devices=[]):
@@ -81,13 +95,18 @@ def _random(source: ModelConfig, seed: int) -> PreTrainedModel:
     return model.eval()
 
 
-def _from_checkpoint(source: ModelConfig, path: str) -> PreTrainedModel:
+def _from_checkpoint(source: LanguageModelConfig, path: str) -> PreTrainedModel:
     """The architecture of `source` with the weights at `path`, every tensor accounted for."""
     place = resolve_source(path)
     resolved = place if isinstance(place, Path) else hub_folder(place, None, weights=True)
     config = language_config(source)
     if (resolved / "student.json").exists():
         model = load_student(resolved)
+        if isinstance(model, ModelMixin):
+            raise ConfigError(
+                f"student.init.path: wanted weights for {source.source}, found a denoiser in {resolved}. "
+                "Point at the weights of a language model."
+            )
         changed = changed_keys(config, model.config)
         if changed:
             raise ConfigError(
@@ -128,12 +147,15 @@ def _from_checkpoint(source: ModelConfig, path: str) -> PreTrainedModel:
     return read
 
 
-def save_student(model: PreTrainedModel, folder: Path) -> None:
+def save_student(model: Student, folder: Path) -> None:
     """Write `model` so that `load_student` gives it back bit for bit.
 
-    The folder gets `config.json`, `generation_config.json`, `model.safetensors` (tensors by the names they have in
-    memory, fp32 if the model is) and, last, `student.json`; where that stands, the folder is whole.
+    The folder gets `config.json`, `generation_config.json` (a denoiser: `scheduler_config.json`), `model.safetensors`
+    (tensors by the names they have in memory, fp32 if the model is) and, last, `student.json`; where that stands, the
+    folder is whole.
     """
+    if isinstance(model, ModelMixin):
+        return save_denoiser(model, folder)
     config = _clean_config(model)
     _require_described(model, config)
     store = Store(folder)
@@ -152,7 +174,7 @@ def save_student(model: PreTrainedModel, folder: Path) -> None:
     store.publish("student.json", json.dumps(about, indent=1) + "\n")
 
 
-def load_student(folder: Path, *, weights: Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_student(folder: Path, *, weights: Path | None = None, dtype: torch.dtype | None = None) -> Student:
     """The student of `folder` with its own weights, or with those of `weights`: a safetensors file or a folder of them.
 
     Weights may be sharded (`model.safetensors.index.json`), tied ones stored once or twice. Evaluation mode, CPU, in
@@ -168,6 +190,8 @@ def load_student(folder: Path, *, weights: Path | None = None, dtype: torch.dtyp
             f"{folder}/student.json: wanted version {VERSION}, found {about['version']}. "
             "Delete the folder and run the stage init again."
         )
+    if about["kind"] == "denoiser":
+        return load_denoiser_student(folder, weights=weights, dtype=dtype)
     model = skeleton(AutoConfig.from_pretrained(folder), attention=about["attention"])
     if about["ranks"] is not None:
         model = with_empty_cores(model, about["ranks"])
@@ -177,12 +201,15 @@ def load_student(folder: Path, *, weights: Path | None = None, dtype: torch.dtyp
     return fill(model, read_weights(path), where=str(path), dtype=dtype)
 
 
-def export_student(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype) -> None:
+def export_student(model: Student, folder: Path, *, dtype: torch.dtype) -> None:
     """Write `model` as a plain folder of transformers, in `dtype`; experts with a shared core are materialised.
 
-    A shared core is also written as it is into `compact/`, which `load_student` reads. `model` stays as it is. The
-    written configuration is read back, and `DataError` raised if it does not say what the model is.
+    A denoiser is written as parts of a pipeline of diffusers: `unet/` or `transformer/`, and `scheduler/`. A shared
+    core is also written as it is into `compact/`, which `load_student` reads. `model` stays as it is. The written
+    configuration is read back, and `DataError` raised if it does not say what the model is.
     """
+    if isinstance(model, ModelMixin):
+        return export_denoiser(model, folder, dtype=dtype)
     config = _clean_config(model)
     _require_described(model, config)
     plain = fill(skeleton(config), own_state(model), where="the student", dtype=dtype) if ranks_of(model) is None else (
