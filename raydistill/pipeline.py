@@ -182,23 +182,16 @@ def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
 
 
 def _inputs(run: Run, asked: bool) -> None:
-    content = inputs_content(run.config)
-    if not _is_complete(run.caches / f"inputs-{fingerprint_of(content)}"):
-        connect(run.config)
-        build_inputs(run.config, run.caches)
+    run.inputs = build_inputs(run.config, run.caches, connect=partial(connect, run.config))
 
 
 def _signals(run: Run, asked: bool) -> None:
     inputs, manifest = run.inputs
-    for teacher in run.config.teachers:
-        content = signal_content(run.config, teacher, manifest)
-        if not _is_complete(run.caches / f"{teacher.name}-{fingerprint_of(content)}"):
-            connect(run.config)
-            build_signal(run.config, teacher, inputs, manifest, run.caches)
-
-
-def _is_complete(store: Store) -> bool:
-    return store.exists("manifest.json") and not store.exists("damaged.json")
+    ray = partial(connect, run.config)
+    run.signals = {
+        teacher.name: build_signal(run.config, teacher, inputs, manifest, run.caches, connect=ray)
+        for teacher in run.config.teachers
+    }
 
 
 def _verify(run: Run, asked: bool) -> None:

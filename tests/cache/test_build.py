@@ -80,6 +80,28 @@ def test_a_complete_cache_is_returned_without_any_work(built: Built, in_process:
     assert cache_bytes(again.signal) | cache_bytes(again.inputs) == before
 
 
+def test_ray_is_brought_up_only_when_there_is_something_to_build(
+    built: Built, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, caches, calls = built.config, Store(built.config.cache.dir), []
+    for name in ("inputs_content", "signal_content"):
+        content = getattr(build, name)
+        monkeypatch.setattr(build, name, lambda *a, content=content, **k: (calls.append(content), content(*a, **k))[1])
+
+    def both(connect: Callable[[], None]) -> None:
+        inputs, manifest = build.build_inputs(config, caches, connect=connect)
+        build.build_signal(config, config.teachers[0], inputs, manifest, caches, connect=connect)
+
+    both(lambda: pytest.fail("everything is there"))
+    assert len(calls) == 2, "what defines a cache takes reading all the data, so it is asked once"
+    calls.clear()
+    write_damaged(built.signal, {built.signal_manifest.shards[0].name: "flipped"})
+    connected = []
+    both(lambda: connected.append(list(in_process.items)))
+    assert connected == [[]]
+    assert len(in_process.items) == 1
+
+
 @pytest.mark.parametrize("stop_after", range(7))
 def test_an_interrupted_build_ends_in_the_same_bytes(
     built: Built, in_process: InProcess, make_config: Config, stop_after: int
