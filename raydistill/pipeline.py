@@ -279,11 +279,10 @@ def _with_exports(config: RunConfig) -> RunConfig:
 
     def replaced(value: JsonValue) -> JsonValue:
         if isinstance(value, dict):
-            return {
-                k: folder(v) if k in ("source", "tokenizer") and isinstance(v, str) else replaced(v)
-                for k, v in value.items()
-            }
-        return [replaced(v) for v in value] if isinstance(value, list) else value
+            return {name: replaced(child) for name, child in value.items()}
+        if isinstance(value, list):
+            return [replaced(child) for child in value]
+        return folder(value) if isinstance(value, str) else value
 
     dumped = config.model_dump(mode="json")
     changed = replaced(dumped)
