@@ -7,14 +7,11 @@ run folder or in the caches, and the next stage reads it from there, so a run ca
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.manifest import Manifest, fingerprint_of
 from raydistill.cache.read import open_manifest
 from raydistill.cache.verify import require_sound, verify
+from raydistill.claim import claim, require_own
 from raydistill.cluster import connect, on_teacher_hardware, on_train_hardware, session
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
@@ -45,12 +43,6 @@ SUMMARY_METRICS = (
 )  # fmt: skip
 """Lines of the table that a run ends with."""
 
-FREE = re.compile(
-    r"(resources|tracking|plan|cache|run_dir|evaluate\.(?!held_out))|student\.gradient_checkpointing"
-    r"|phases\.\d+\.(zero|log_every|explode_factor|checkpoint|batch\.micro_size)"
-)
-"""Keys that say where and how the work is done, or how it is looked at, but not what comes out of training."""
-
 
 class Run:
     """One run: its configuration, its folder and its caches."""
@@ -62,24 +54,6 @@ class Run:
         self.stages: dict[str, dict[str, JsonValue]] = (
             json.loads(self.store.read_text("stages.json")) if self.store.exists("stages.json") else {}
         )
-
-    def claim(self) -> None:
-        """Write config.json, or refuse a folder whose student, or a finished phase, is of another configuration.
-
-        Phases that are not finished may change; whether their checkpoints still fit is for training to say.
-        """
-        new = self.config.model_dump(mode="json")
-        if self.store.exists("config.json") and self.store.exists("init"):
-            old = json.loads(self.store.read_text("config.json"))["config"]
-            finished = [self.store.exists(f"{folder}/final/phase.json") for _, folder in self.phases("phases")]
-            changed = _differences(_defining(old, finished), _defining(new, finished))
-            if changed:
-                raise ConfigError(
-                    f"{self.store.uri} holds a run that was made with another configuration. These keys differ:\n"
-                    + "\n".join(f"  {key}: it has {was}, this configuration {now}" for key, was, now in changed[:8])
-                    + "\nSet another name or run_dir, or remove that folder."
-                )
-        self.store.publish("config.json", json.dumps({"config": new, "versions": versions()}, indent=1))
 
     def record(self, stage: str, **facts: JsonValue) -> None:
         """Remember facts of a stage in stages.json."""
@@ -167,10 +141,11 @@ def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
     """
     with session():
         this = Run(_with_exports(config))
-        this.claim()
+        require_own(this.store, this.config, [folder for _, folder in this.phases("phases")])
         check_evaluation(this.config)
         if stages is None or {"inputs", "signals", "init"} & {*stages}:
             check_vocabularies(this.config)
+        claim(this.store, this.config)
         for stage in STAGES:
             if stages is None or stage in stages:
                 start = time.monotonic()
@@ -287,41 +262,6 @@ def _with_exports(config: RunConfig) -> RunConfig:
     dumped = config.model_dump(mode="json")
     changed = replaced(dumped)
     return RunConfig.model_validate(changed) if exports else config
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides the numbers."""
-    packages = ("raydistill", "ray", "torch", "deepspeed", "transformers", "pyarrow", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def _defining(config: Mapping[str, JsonValue], finished: list[bool]) -> dict[str, JsonValue]:
-    """What of a dumped configuration decided the weights that are there already, by dotted key."""
-
-    def counts(key: str) -> bool:
-        if FREE.match(key):
-            return False
-        section, _, rest = key.partition(".")
-        if section == "phases":
-            index = int(rest.partition(".")[0])
-            return index < len(finished) and finished[index]
-        return section in ("student", "seed") or any(finished)
-
-    return {key: value for key, value in _flat("", dict(config)) if counts(key)}
-
-
-def _flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if not children:
-        yield key, value
-        return
-    for name, child in children:
-        yield from _flat(f"{key}.{name}" if key else str(name), child)
-
-
-def _differences(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> list[tuple[str, JsonValue, JsonValue]]:
-    keys = sorted({*old, *new})
-    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
 
 
 def summary(run: Run) -> str:

@@ -1,0 +1,104 @@
+"""Whose run folder it is: config.json says which configuration made what is in it, and another one is refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, JsonValue
+
+from raydistill.cache.manifest import parsed
+from raydistill.config.schema import RunConfig
+from raydistill.errors import ConfigError
+from raydistill.storage import Store
+from raydistill.train.job import MAY_CHANGE
+
+CONFIG = "config.json"
+Trained: TypeAlias = Literal["open", "begun", "done"]
+"""How far a phase is."""
+
+FREE = re.compile(
+    r"(resources|tracking|plan|cache|run_dir|evaluate\.(?!held_out))|student\.gradient_checkpointing"
+    r"|phases\.\d+\.(zero|log_every|explode_factor|checkpoint\.(every_steps|keep)|batch\.micro_size)"
+)
+"""Keys that say where and how the work is done, or how it is looked at, but not what comes out of training."""
+FREE_WITHIN = re.compile(rf"phases\.\d+\.({'|'.join(key.removeprefix('phase.') for key in MAY_CHANGE)})(\.|$)")
+"""Keys of a phase that may also change between its first checkpoint and its end."""
+
+
+class _Claimed(BaseModel):
+    """config.json."""
+
+    config: dict[str, JsonValue]
+
+
+def require_own(store: Store, config: RunConfig, phases: Sequence[str]) -> None:
+    """Refuse a run folder whose student, or a phase of which something is trained, is of another configuration.
+
+    `phases` are the folders of the phases. Phases that are not begun may change.
+    """
+    if not store.exists(CONFIG) or not store.exists("init"):
+        return
+    remedy = "Put back what was there, or set another name or run_dir."
+    old = parsed(_Claimed, store.read(CONFIG), where=f"{store.uri}/{CONFIG}", remedy=remedy).config
+    trained = [_trained(store, folder) for folder in phases]
+    changed = _differences(_defining(old, trained), _defining(config.model_dump(mode="json"), trained))
+    if changed:
+        raise ConfigError(
+            f"{store.uri} holds a run that was made with another configuration. These keys differ:\n"
+            + "\n".join(f"  {key}: it has {was}, this configuration {now}" for key, was, now in changed[:8])
+            + "\nSet another name or run_dir, or remove that folder."
+        )
+
+
+def claim(store: Store, config: RunConfig) -> None:
+    """Write config.json: from here on, what comes into the folder is of this configuration."""
+    claimed = {"config": config.model_dump(mode="json"), "versions": versions()}
+    store.publish(CONFIG, json.dumps(claimed, indent=1))
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the numbers."""
+    packages = ("raydistill", "ray", "torch", "deepspeed", "transformers", "pyarrow", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _trained(store: Store, folder: str) -> Trained:
+    if store.exists(f"{folder}/final/phase.json"):
+        return "done"
+    begun = any(name.endswith(".json") for name in (store / folder / "checkpoints").names())
+    return "begun" if begun else "open"
+
+
+def _defining(config: Mapping[str, JsonValue], trained: Sequence[Trained]) -> dict[str, JsonValue]:
+    """What of a dumped configuration decided the weights that are there already, by dotted key."""
+
+    def counts(key: str) -> bool:
+        if FREE.match(key):
+            return False
+        section, _, rest = key.partition(".")
+        if section == "phases":
+            index = int(rest.partition(".")[0])
+            state = trained[index] if index < len(trained) else "open"
+            return state == "done" or (state == "begun" and not FREE_WITHIN.match(key))
+        return section in ("student", "seed") or any(state != "open" for state in trained)
+
+    return {key: value for key, value in _flat("", dict(config)) if counts(key)}
+
+
+def _flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if not children:
+        yield key, value
+        return
+    for name, child in children:
+        yield from _flat(f"{key}.{name}" if key else str(name), child)
+
+
+def _differences(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> list[tuple[str, JsonValue, JsonValue]]:
+    keys = sorted({*old, *new})
+    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
