@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from raydistill.config.schema import RunConfig, TrackingConfig
 from raydistill.errors import ConfigError
-from raydistill.storage import Store
+from raydistill.storage import Store, full_disk_explained
 
 METRICS = "metrics.jsonl"
 
@@ -47,13 +47,13 @@ def require_trackers(tracking: TrackingConfig) -> None:
 
 
 class Metrics:
-    """All sinks of one phase. Only rank 0 has one."""
+    """All sinks of one phase. Only rank 0 has one. A full disk is an `OutOfSpace`."""
 
     def __init__(self, store: Store, phase: str, step: int, config: RunConfig):
         """Lines of `phase` after `step` steps, left by an attempt that is being resumed, are cut away."""
         tracking, name = config.tracking, config.name
         require_trackers(tracking)
-        self._phase = phase
+        self._phase, self._folder = phase, Path(store.uri)
         self._lines = JsonLines(store, phase, step)
         self._sinks: list[Sink] = [self._lines, TensorBoard(store, phase, step)]
         if tracking.wandb_project is not None:
@@ -63,8 +63,9 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, JsonValue]) -> None:
         """One line of metrics of optimizer step `step` (from 1: steps done)."""
-        for sink in self._sinks:
-            sink.write({"phase": self._phase, "step": step, **values})
+        with full_disk_explained(self._folder):
+            for sink in self._sinks:
+                sink.write({"phase": self._phase, "step": step, **values})
 
     def evaluated(self) -> set[int]:
         """Steps of this phase that metrics.jsonl has an evaluation of."""
@@ -73,13 +74,15 @@ class Metrics:
 
     def flush(self) -> None:
         """Make everything so far durable."""
-        for sink in self._sinks:
-            sink.flush()
+        with full_disk_explained(self._folder):
+            for sink in self._sinks:
+                sink.flush()
 
     def close(self) -> None:
         """Flush and let go."""
-        for sink in self._sinks:
-            sink.close()
+        with full_disk_explained(self._folder):
+            for sink in self._sinks:
+                sink.close()
 
 
 def flat(values: Mapping[str, JsonValue], prefix: str = "") -> dict[str, float]:

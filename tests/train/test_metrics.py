@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from phases import phase_job
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raydistill.config.schema import TrackingConfig
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, OutOfSpace
 from raydistill.storage import Store
-from raydistill.train.metrics import JsonLines, TensorBoard, flat, require_trackers
+from raydistill.train.metrics import JsonLines, Metrics, TensorBoard, flat, require_trackers
 
 
 def test_lines_after_the_resumed_step_and_half_lines_are_cut_away(tmp_path: Path) -> None:
@@ -22,6 +23,16 @@ def test_lines_after_the_resumed_step_and_half_lines_are_cut_away(tmp_path: Path
     log.close()
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert found == [*old[:4], {"phase": "b", "step": 3, "loss": 1.0}]
+
+
+def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
+    job = phase_job(tmp_path)
+    metrics = Metrics(job.metrics_store, "one", 0, job.config)
+    path = Path(job.metrics_store.path("metrics.jsonl"))
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OutOfSpace, match="disk is full"):
+        metrics.write(1, {"loss": 1.0})
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
