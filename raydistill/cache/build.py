@@ -13,6 +13,7 @@ from typing import Any
 
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.dense_signal import NoisePredictionWorker
+from raydistill.cache.image_inputs import build_image_inputs
 from raydistill.cache.ledger import Ledger, is_described, read_description
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import Worker, map_shards, require_cluster
@@ -52,7 +53,7 @@ def build_inputs(
         case TextSource():
             return ledger.store, build_text_inputs(config, ledger)
         case ImagesSource():
-            raise NotImplementedError("inputs of images")
+            return ledger.store, build_image_inputs(config, ledger)
 
 
 def build_signal(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from raydistill.cache.batches import BATCH_RULE
 from raydistill.cache.codecs import CODEC_VERSIONS
 from raydistill.cache.dense_batch import BATCH_RULE as DRAWS_RULE
+from raydistill.cache.image_index import IMAGES_FORMAT
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.shards import INPUTS_FORMAT
 from raydistill.config.schema import RunConfig
+from raydistill.config.sources import ImagesSource, TextSource
 from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig, TopKLogitsTeacher
 from raydistill.models.denoiser import denoiser_identity
 from raydistill.models.load import load_tokenizer, model_identity
 from raydistill.signals import JsonValue
+from raydistill.sources.image_content import image_content
 from raydistill.sources.text import text_content
 
 SIGNAL_VERSION = 1
@@ -19,13 +22,17 @@ SIGNAL_VERSION = 1
 
 
 def inputs_content(config: RunConfig) -> dict[str, JsonValue]:
-    """What decides the bytes of an inputs cache: the files' hashes, the tokenizer, every setting of the source."""
-    tokenizer = load_tokenizer(config.source.tokenizer)
-    return {
-        **text_content(config.source, tokenizer),
-        "held_out": config.evaluate.held_out,
-        "format": INPUTS_FORMAT,
-    }
+    """What decides the bytes of an inputs cache: the files' hashes, the models that encode, and every setting of the
+    source but the noise of images.
+
+    Raises `ConfigError` for images that cannot be encoded so.
+    """
+    match config.source:
+        case TextSource():
+            content, layout = text_content(config.source, load_tokenizer(config.source.tokenizer)), INPUTS_FORMAT
+        case ImagesSource():
+            content, layout = image_content(config.source), IMAGES_FORMAT
+    return {**content, "held_out": config.evaluate.held_out, "format": layout}
 
 
 def signal_content(config: RunConfig, teacher: TeacherConfig, inputs_manifest: Manifest) -> dict[str, JsonValue]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Literal, TypeAlias, cast
 
@@ -85,6 +85,10 @@ class ImageRow:
     place: Place | None
     """None where the bytes cannot be read again by themselves."""
     data: bytes
+
+    def without_data(self) -> ImageRow:
+        """The row without the bytes of its image."""
+        return replace(self, data=b"")
 
 
 @dataclass(slots=True)

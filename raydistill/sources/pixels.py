@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from io import BytesIO
 from typing import TypeAlias
 
@@ -83,3 +84,8 @@ def time_ids(original: tuple[int, int], corner: tuple[int, int], bucket: Bucket)
     """SDXL's size conditioning in the order of diffusers: original height and width, top and left of the crop, height
     and width of the bucket (Podell et al. 2023, arXiv 2307.01952, §2.2)."""
     return (*original, *corner, *bucket)
+
+
+def caption_sha(caption: str) -> str:
+    """What sorts rows by caption: 16 hexadecimal digits."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:16]
