@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -160,12 +160,11 @@ def probabilities_fault(shard: SignalShard, facts: Mapping[str, JsonValue]) -> s
     return None
 
 
-def duplicate_ids(stores: Sequence[tuple[Store, ShardRecord]]) -> list[str]:
-    """Row ids that appear in more than one place of an inputs cache."""
+def duplicate_ids(shards: Iterable[Sequence[str]]) -> list[str]:
+    """Row ids that appear in more than one place of an inputs cache, given those of each shard."""
     seen: set[str] = set()
     twice: list[str] = []
-    for store, record in stores:
-        ids = read_index(store, record.name).row_ids
+    for ids in shards:
         twice += [row_id for row_id in ids if row_id in seen]
         seen.update(ids)
     return twice

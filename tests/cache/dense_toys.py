@@ -83,7 +83,7 @@ SCHEMA: Schema = {
 
 
 class ToyDenoiser:
-    """Says gain · (latents + noise · t / 1000) + the mean of the text embeddings; and, as a tap, its mean by channel."""
+    """Says gain · (latents + noise · t / 1000) + the mean of the text embeddings; as a tap, its mean by channel."""
 
     def __init__(self, gain: float = 1.0):
         self.gain = gain
