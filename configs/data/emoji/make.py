@@ -1,4 +1,4 @@
-"""Writes google.parquet and twitter.parquet: named emoji of three categories, in two styles.
+"""Writes google.parquet and twitter.parquet: the named smileys, hearts and other emotions, in two styles.
 
     python configs/data/emoji/make.py        # needs npm, which fetches two packages of 136 MB
 
@@ -22,7 +22,7 @@ SHA256 = {
     "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
 }
-CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+CATEGORIES = ("Smileys & Emotion",)
 
 
 def main() -> None:
