@@ -51,6 +51,8 @@ def tiny_unet(
             use_linear_projection=True,
         )
     unet.process = process_of(kind, scheduler)
+    unet.scheduler_config = {**scheduler, "prediction_type": {"flow": "flow_prediction"}.get(kind, kind)}
+    unet.kept = None
     return unet.eval()
 
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 from raydistill.errors import ConfigError
-from raydistill.evaluate.language import make_validator
 from raydistill.storage import Store
 from raydistill.train.final import BEST, BEST_RECORD, WEIGHTS, copy_file, write_weights
 from raydistill.train.job import PhaseJob
 from raydistill.train.metrics import Metrics
-from raydistill.train.prepare import Prepared, student_with
+from raydistill.train.prepare import Prepared, make_validator, student_with
 
 CANDIDATES = "candidates"
 EVALUATIONS = "evaluations"
@@ -74,12 +73,12 @@ def runs_beside(job: PhaseJob) -> bool:
 
 def evaluate_candidate(job: PhaseJob, step: int) -> None:
     """Measure the weights in `candidates/step-<step>/` and publish the numbers."""
-    evaluate, store = job.config.evaluate, job.store
+    store = job.store
     torch.set_num_threads(max(1, int(job.config.resources.train.cpus)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if job.phase.precision == "bf16" else torch.float32
     student = student_with(job, (store / CANDIDATES / _name(step)).uri, dtype=dtype).to(device)
-    validator = make_validator(job.config, inputs=job.inputs, signals=job.signals, max_rows=evaluate.max_rows)
+    validator = make_validator(job)
     values = validator.metrics(validator.sums(student, rank=0, world_size=1))
     (store / EVALUATIONS).publish(f"{_name(step)}.json", json.dumps({"step": step, "evaluation": values}))
 

@@ -33,7 +33,7 @@ def train(prepared: Prepared, report: Report) -> Progressed:
             if prepared.ema is not None and player == "student":
                 prepared.ema.update(batches.step)
             done = meter.advanced(done, batches, update)
-            progress.advance(1, note=f"loss {update.loss:.4f}, {meter.rate:,.0f} tokens/s")
+            progress.advance(1, note=f"loss {update.loss:.4f}, {meter.speed}")
 
             last = done.step == total
             if done.step % phase.log_every == 0 or done.step == 1 or last:

@@ -1,4 +1,7 @@
-"""Counts samples, targets and seconds of a training, and makes the logged lines."""
+"""Counts samples, targets and seconds of a training, and makes the logged lines.
+
+Language models are measured in tokens, all others in samples alone.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,11 @@ class Meter:
         self._clear()
 
     @property
-    def rate(self) -> float:
-        """Targets per second."""
-        return self._tokens / max(self._seconds, 1e-9)
+    def speed(self) -> str:
+        """Targets per second, or samples where nobody counts targets."""
+        if self._tokens:
+            return f"{self._per_second(self._tokens):,.0f} tokens/s"
+        return f"{self._per_second(self._samples):,.1f} samples/s"
 
     def pause(self) -> None:
         """Leave out the time since the last step, which was not spent training."""
@@ -46,20 +51,24 @@ class Meter:
 
     def line(self, done: Progressed, update: Update) -> dict[str, JsonValue]:
         """What is logged of a step; `data_wait_seconds` is the sum since the last line, on rank 0."""
+        counted = "tokens" in update.counts
         line: dict[str, JsonValue] = {
             "samples": done.samples,
-            "tokens": done.tokens,
+            **({"tokens": done.tokens} if counted else {}),
             "loss": update.loss,
             "parts": dict(update.parts),
             "lr": dict(update.lr),
             "grad_norm": update.grad_norm,
-            "samples_per_second": self._samples / max(self._seconds, 1e-9),
-            "tokens_per_second": self.rate,
+            "samples_per_second": self._per_second(self._samples),
+            **({"tokens_per_second": self._per_second(self._tokens)} if counted else {}),
             "data_wait_seconds": self._wait,
             "seconds": done.seconds,
         }
         self._clear()
         return line
+
+    def _per_second(self, amount: float) -> float:
+        return amount / max(self._seconds, 1e-9)
 
     def _clear(self) -> None:
         self._samples = self._tokens = 0

@@ -75,6 +75,27 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
+def player_groups(
+    network: nn.Module, own: nn.Module, rules: Sequence[TrainableRule], optimizer: OptimizerConfig, *, where: str
+) -> list[Group]:
+    """Groups of the player `network`, which is the model `own` or holds it together with others.
+
+    The rules choose among the parameters of `own`, by the names that they have there. What the player holds besides
+    (maps between two widths, say) is trained whole, in groups that are named after the part.
+    """
+    groups = parameter_groups(own, rules, optimizer, where=where)
+    known = {id(p) for p in own.parameters()}
+    for part, module in network.named_children() if network is not own else ():
+        if any(id(p) in known for p in module.parameters()) or not any(True for _ in module.parameters()):
+            continue
+        for group in parameter_groups(module, (), optimizer, where=f"{where}, {part}"):
+            name = part if group.name == "all" else f"{part}{group.name.removeprefix('all')}"
+            groups.append(
+                Group(name, group.lr, group.weight_decay, [f"{part}.{n}" for n in group.names], group.parameters)
+            )
+    return groups
+
+
 def groups_table(groups: Sequence[Group], module: nn.Module) -> str:
     """The groups, one line each, with counts, learning rates and what is frozen."""
     total = sum(full_numel(p) for p in module.parameters())

@@ -11,23 +11,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raydistill.cache.joined import open_manifest
 from raydistill.cache.loader import Loader, StepBatches
+from raydistill.cache.open import open_dataset
 from raydistill.cache.order import Order, Sampler
-from raydistill.cache.read import Dataset, open_manifest
+from raydistill.cache.samples import Samples
 from raydistill.config.base import Config
+from raydistill.config.models import DiffusersModel
+from raydistill.config.sources import ImagesSource, TextSource
 from raydistill.errors import ConfigError
-from raydistill.evaluate.language import make_validator
 from raydistill.models.assemble import own_state
+from raydistill.models.denoiser import shape_facts
 from raydistill.models.student import load_student
-from raydistill.recipes import RECIPES
+from raydistill.recipes import make_recipe
 from raydistill.recipes.base import Recipe, TeacherView
-from raydistill.signals import Draws
+from raydistill.recipes.noise_prediction import AVERAGE
+from raydistill.signals import Draws, JsonValue
 from raydistill.storage import Store, local_folder
 from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.ema import Ema
 from raydistill.train.engine import Engine, ensure_process_group
 from raydistill.train.job import MAY_CHANGE, PhaseJob, require_same_settings
-from raydistill.train.parameters import groups_table, parameter_groups
+from raydistill.train.parameters import groups_table, player_groups
 
 
 class Validator(Protocol):
@@ -48,7 +53,7 @@ class Prepared:
     recipe: Recipe[Config]
     engines: dict[str, Engine]
     ema: Ema | None
-    dataset: Dataset
+    dataset: Samples
     sampler: Sampler
     num_steps: int
     device: torch.device
@@ -108,9 +113,7 @@ class Prepared:
         """Metrics of the present weights on held-out rows; all ranks together."""
         job = self.job
         if self.validator is None:
-            self.validator = make_validator(
-                job.config, inputs=job.inputs, signals=job.signals, max_rows=job.config.evaluate.max_rows
-            )
+            self.validator = make_validator(job)
         validator, student = self.validator, self.recipe.student
         sums = self.engines["student"].inside_forward(
             lambda: validator.sums(student, rank=self.rank, world_size=dist.get_world_size())
@@ -129,12 +132,16 @@ def prepare(job: PhaseJob, device: torch.device) -> Prepared:
     student = student_with(job, job.weights, dtype=torch.float32)
     if job.config.student.gradient_checkpointing:
         recompute_activations(student)
-    recipe = RECIPES[type(phase.recipe)](phase.recipe, student, teachers)
-    dataset = Dataset(
-        Store(job.inputs), {n: Store(u) for n, u in job.signals.items()}, split="train", fields=recipe.reads
-    )
+    recipe = make_recipe(phase.recipe, student, teachers, job.config.source)
+    stores = {name: Store(uri) for name, uri in job.signals.items()}
+    dataset = open_dataset(job.config, Store(job.inputs), stores, split="train", fields=recipe.reads)
+    require_fitting_inputs(job, student, dataset.inputs_manifest.facts)
     order = Order(
-        dataset.shard_rows, seed=job.config.seed, window=phase.batch.shuffle_shards, shuffle=phase.batch.shuffle
+        dataset.shard_rows,
+        seed=job.config.seed,
+        window=phase.batch.shuffle_shards,
+        shuffle=phase.batch.shuffle,
+        bucket=dataset.buckets,
     )
     sampler = Sampler(order, phase.batch.global_size)
     num_steps = phase.steps if phase.steps is not None else sampler.num_steps(phase.epochs or 0.0)
@@ -155,7 +162,9 @@ def make_engines(job: PhaseJob, recipe: Recipe[Config], num_steps: int, device: 
     engines = {}
     for name, network in players.items():
         rules = phase.trainable if name == "student" else ()
-        groups = parameter_groups(network, rules, phase.optimizer[name], where=f"phase {phase.name!r}, player {name}")
+        own = recipe.student if name == "student" else network
+        where = f"phase {phase.name!r}, player {name}"
+        groups = player_groups(network, own, rules, phase.optimizer[name], where=where)
         if dist.get_rank() == 0:
             print(f"phase {phase.name}, player {name}: trained parameters\n{groups_table(groups, network)}", flush=True)
         engines[name] = Engine(recipe, name, groups, phase, phase.optimizer[name], num_steps=num_steps, device=device)
@@ -163,7 +172,12 @@ def make_engines(job: PhaseJob, recipe: Recipe[Config], num_steps: int, device: 
 
 
 def teacher_views(job: PhaseJob) -> dict[str, TeacherView]:
-    """What the recipe is told about each teacher; weights are made to sum to 1."""
+    """What the recipe is told about each teacher; weights are made to sum to 1.
+
+    Where the teachers have an average, it stands for all of them.
+    """
+    if AVERAGE in job.signals:
+        return {AVERAGE: TeacherView(AVERAGE, 1.0, open_manifest(Store(job.signals[AVERAGE])).facts)}
     chosen = [t for t in job.config.teachers if t.name in job.signals]
     total = sum(t.weight for t in chosen)
     return {
@@ -181,15 +195,49 @@ def student_with(job: PhaseJob, weights: str | None, *, dtype: torch.dtype) -> n
 
 def first_state(job: PhaseJob) -> dict[str, Tensor]:
     """The fp32 tensors that the phase starts from, by the names under which weights are saved."""
-    return own_state(student_with(job, job.weights, dtype=torch.float32))  # type: ignore[arg-type]
+    student = student_with(job, job.weights, dtype=torch.float32)
+    if isinstance(job.config.student.model, DiffusersModel):
+        return {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    return own_state(student)  # type: ignore[arg-type]
+
+
+def make_validator(job: PhaseJob) -> Validator:
+    """What measures the student on held-out rows."""
+    rows = job.config.evaluate.max_rows
+    match job.config.source:
+        case TextSource():
+            from raydistill.evaluate import language
+
+            return language.make_validator(job.config, inputs=job.inputs, signals=job.signals, max_rows=rows)
+        case ImagesSource():
+            from raydistill.evaluate import denoiser
+
+            return denoiser.make_validator(job.config, inputs=job.inputs, signals=job.signals, max_rows=rows)
+
+
+def require_fitting_inputs(job: PhaseJob, student: nn.Module, facts: Mapping[str, JsonValue]) -> None:
+    """`ConfigError` unless a denoiser takes latents and texts of the widths that the inputs have."""
+    if not isinstance(job.config.student.model, DiffusersModel):
+        return
+    for key, wanted in shape_facts(student).items():
+        if wanted and wanted != facts.get(key):  # 0: the student hears of no text
+            remedy = "source.vae" if key == "latent_channels" else "source.text_encoders"
+            raise ConfigError(
+                f"the student wants inputs with {key} {wanted}, found {facts.get(key)} in {job.inputs}; change "
+                f"{remedy}, or take a student.model of {key} {facts.get(key)}."
+            )
 
 
 def recompute_activations(student: nn.Module) -> None:
     """Turn on gradient checkpointing.
 
-    transformers recomputes a layer only in training mode, which would turn drop-out on too; so only the layers
-    themselves are put into that mode, not what is inside them.
+    Denoisers of diffusers recompute their blocks wherever gradients are wanted. transformers recomputes a layer only in
+    training mode, which would turn drop-out on too; so only the layers themselves are put into that mode, not what is
+    inside them.
     """
+    if hasattr(student, "enable_gradient_checkpointing"):
+        student.enable_gradient_checkpointing()  # type: ignore[operator]
+        return
     student.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     for module in student.modules():
         if getattr(module, "gradient_checkpointing", False):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from toys import tiny_llama, write_toy_caches
@@ -79,3 +80,23 @@ def lines(job: PhaseJob) -> list[dict]:
 def logged(job: PhaseJob) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of the logged steps."""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines(job) if "loss" in line]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_after(step: int) -> Callable[[Mapping[str, float]], None]:
+    """A report that ends the process, as it were, after `step` steps."""
+
+    def report(values: Mapping[str, float]) -> None:
+        if values["step"] == step:
+            raise Killed
+
+    return report
+
+
+def same_bytes(a: PhaseJob, b: PhaseJob, name: str = "model.safetensors") -> bool:
+    """Whether two phases left the same weights behind, to the bit."""
+    one, other = final(a, name), final(b, name)
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,3 +143,14 @@ def plain_training(
         adamw.step()
         done.append({"loss": loss.item(), "grad_norm": norm.item()})
     return {name: p.detach() for name, p in model.named_parameters()}, done
+
+
+def arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, np.ndarray]:
+    """What can be sent between processes of tensors by name."""
+    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
+def furthest(a: Mapping[str, Tensor | np.ndarray | None], b: Mapping[str, Tensor | np.ndarray | None]) -> float:
+    """Largest difference of two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float(np.abs(np.asarray(a[n]) - np.asarray(b[n])).max()) for n in a)

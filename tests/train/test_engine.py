@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
 from regression import (
     OPTIMIZER,
     Tied,
+    arrays,
     batch_of,
     do_steps,
     draws_of,
     engine_of,
+    furthest,
     network,
     phase_of,
     plain_training,
@@ -71,10 +71,6 @@ def on_two_ranks(rank: int, ranks: int, folder: str) -> dict[str, object]:
     return found
 
 
-def arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
-
-
 def save(folder: str, stage: int, engine: object, ema: Ema, ranks: int) -> None:
     progressed = Progressed(step=2, num_ranks=ranks, updates={"student": 2}, ema_updates=ema.num_updates)
     Checkpoints(Store(f"{folder}/{stage}"), keep=1).save({"student": engine}, ema, progressed)  # type: ignore[dict-item]
@@ -98,11 +94,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def two_ranks(folder: str) -> list[dict]:
     return run_ranks(on_two_ranks, 2, (folder,), timeout=300)
-
-
-def furthest(a: Mapping[str, Tensor | np.ndarray | None], b: Mapping[str, Tensor | np.ndarray | None]) -> float:
-    assert a.keys() == b.keys()
-    return max(float(np.abs(np.asarray(a[n]) - np.asarray(b[n])).max()) for n in a)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from phases import final, lines, logged, phase_job
+from phases import Killed, final, kill_after, lines, logged, phase_job, same_bytes
 
 from raydistill.cache.read import Dataset
 from raydistill.errors import ConfigError, TrainingDiverged
@@ -17,23 +16,6 @@ from raydistill.recipes.base import Loss
 from raydistill.recipes.lm_logits import LmLogits
 from raydistill.signals import Batch, Draws
 from raydistill.train.launch import PhaseJob, train_phase
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def kill_after(step: int):  # type: ignore[no-untyped-def]
-    def report(values: Mapping[str, float]) -> None:
-        if values["step"] == step:
-            raise Killed
-
-    return report
-
-
-def same_bytes(a: PhaseJob, b: PhaseJob, name: str = "model.safetensors") -> bool:
-    one, other = final(a, name), final(b, name)
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 @pytest.fixture(scope="module")
