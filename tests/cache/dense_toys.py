@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raydistill.cache.build import build_signal
 from raydistill.cache.dense import dense_name, row_sha, write_dense
 from raydistill.cache.ledger import Ledger
 from raydistill.cache.manifest import Manifest
@@ -82,6 +84,11 @@ SCHEMA: Schema = {
 }
 
 
+SCHEDULE: dict[str, JsonValue] = {
+    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+}  # fmt: skip
+
+
 class ToyDenoiser:
     """Says gain · (latents + noise · t / 1000) + the mean of the text embeddings; as a tap, its mean by channel."""
 
@@ -89,7 +96,8 @@ class ToyDenoiser:
         self.gain = gain
         self.schema = SCHEMA
         self.facts: Mapping[str, JsonValue] = {
-            "prediction_type": "epsilon", "own_prediction_type": "epsilon", "process": {"toy": 1},
+            "prediction_type": "epsilon", "own_prediction_type": "epsilon",
+            "process": {"kind": "variance_preserving", "prediction_type": "epsilon", "schedule": SCHEDULE},
             "guidance_scale": None, "taps": {"mean": {"module": "none", "shape": [CHANNELS]}},
         }  # fmt: skip
         self.batches: list[dict[str, Tensor]] = []
@@ -109,6 +117,29 @@ def toy_denoiser(config: TeacherConfig, noise: int | NoiseConfig) -> ToyDenoiser
     return ToyDenoiser(config.guidance_scale or 1.0)
 
 
+@dataclass(frozen=True)
+class BuiltImages:
+    """Finished caches of images."""
+
+    config: RunConfig
+    inputs: Store
+    inputs_manifest: Manifest
+    signals: dict[str, tuple[Store, Manifest]]
+
+    @property
+    def signal(self) -> Store:
+        """That of the first teacher."""
+        return self.signals["t0"][0]
+
+
+def build_images(config: RunConfig, **inputs: Any) -> BuiltImages:
+    """The inputs as `write_image_inputs` makes them, and the signal of every teacher."""
+    caches = Store(config.cache.dir)
+    store, manifest = write_image_inputs(Path(caches.root), **inputs)
+    signals = {t.name: build_signal(config, t, store, manifest, caches, factory=toy_denoiser) for t in config.teachers}
+    return BuiltImages(config, store, manifest, signals)
+
+
 def model_folder(folder: Path) -> Path:
     """A folder that looks like a denoiser to whoever asks what it is; its weights are one number."""
     from safetensors.torch import save_file
@@ -117,8 +148,7 @@ def model_folder(folder: Path) -> Path:
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     save_file({"gain": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors")
-    schedule = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
-    schedule |= {"beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"}
+    schedule = {"_class_name": "DDPMScheduler", **SCHEDULE, "prediction_type": "epsilon"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
     return folder
 
