@@ -10,9 +10,10 @@ from raydistill.models.load import effective_vocab_size, language_config, load_t
 
 def check_vocabularies(config: RunConfig) -> None:
     """Raise `ConfigError` for a model with fewer ids than the tokenizer, `DataError` for one with other tokens."""
+    source = config.text
     models: dict[str, ModelConfig] = {f"teachers.{i}.model": t.model for i, t in enumerate(config.teachers)}
     models["student.model"] = config.student.model
-    tokenizer = load_tokenizer(config.source.tokenizer)
+    tokenizer = load_tokenizer(source.tokenizer)
     num_ids = effective_vocab_size(tokenizer)
     seen: list[ModelConfig] = []
     for key, model in models.items():
@@ -23,11 +24,11 @@ def check_vocabularies(config: RunConfig) -> None:
         rows = int(language_config(model).get_text_config().vocab_size)
         if rows < num_ids:
             raise ConfigError(
-                f"{key} ({model.source}) knows {rows:,} ids, source.tokenizer ({config.source.tokenizer}) has "
+                f"{key} ({model.source}) knows {rows:,} ids, source.tokenizer ({source.tokenizer}) has "
                 f"{num_ids:,}. Teachers, student and source need one tokenizer: name that of the teacher, and a "
                 "student with room for it."
             )
-        if model.source == config.source.tokenizer:
+        if model.source == source.tokenizer:
             continue
         try:
             own = load_tokenizer(model.source, model.revision)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from raydistill.config.models import LayersInit, SharedCoreInit, StudentConfig
+from raydistill.config.models import DiffusersModel, LayersInit, SharedCoreInit, StudentConfig
 from raydistill.models.layers import keep_layers, num_blocks, spread
 from raydistill.models.load import empty_language_model
 from raydistill.models.shared_core import MATRICES, plain_experts, with_empty_cores
@@ -133,7 +133,8 @@ def _attention(config: PreTrainedConfig) -> Iterable[Attention]:
 
 
 def empty_student(student: StudentConfig) -> PreTrainedModel:
-    """The student's structure on the meta device, whatever its `init`."""
+    """The structure of a language model as student on the meta device, whatever its `init`."""
+    assert not isinstance(student.model, DiffusersModel), "denoisers are counted elsewhere"
     model = empty_language_model(student.model)
     init = student.init
     with torch.device("meta"):

@@ -356,5 +356,21 @@ def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[st
     return out[:, : x_t.shape[1]].float()
 
 
+def with_one_sample(network: nn.Module, *, size: tuple[int, int] | None = None, tokens: int = 1) -> Tensor:
+    """A forward pass with one sample, on the network's device; on the meta device it costs nothing.
+
+    `size` is the height and width of its latents, by default the network's usual one, `tokens` the length of its text.
+    """
+    shapes = shapes_of(network)
+    usual = getattr(getattr(network, "config", None), "sample_size", None) or 8 * shapes.multiple
+    height, width = size or ((usual, usual) if isinstance(usual, int) else usual)
+    device = next(network.parameters()).device
+    given = {"time_ids": torch.ones(1, TIME_IDS, device=device)}
+    given |= {"prompt_embeds": torch.zeros(1, tokens, shapes.text_width, device=device)} if shapes.text_width else {}
+    given |= {"pooled": torch.zeros(1, shapes.pooled_width, device=device)} if shapes.pooled_width else {}
+    x_t = torch.zeros(1, shapes.latent_channels, height, width, device=device)
+    return predict(network, x_t, torch.zeros(1, device=device), given)
+
+
 def _unknown(network: nn.Module) -> ConfigError:
     return ConfigError(f"wanted a denoiser of the class {', '.join(NETWORKS)}, found {type(network).__name__}.")

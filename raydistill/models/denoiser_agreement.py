@@ -1,0 +1,90 @@
+"""Denoisers of one run must fit to its latents, its text and to each other; said before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raydistill.config.models import DiffusersModel
+from raydistill.config.schema import RunConfig
+from raydistill.config.sources import ImagesSource, NoiseConfig
+from raydistill.diffusion.process import Process
+from raydistill.errors import ConfigError
+from raydistill.models.autoencoder import space_facts
+from raydistill.models.denoiser import Shapes, empty_denoiser, process_of, shapes_of
+from raydistill.models.text_encoder import text_facts
+
+
+def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> None:
+    """Raise `ConfigError` unless student and teachers can be asked about the images of `buckets` (height, width).
+
+    That is: channels of the latents, widths of the text, sizes that the networks halve without a rest, one noise
+    schedule, and predictions that can be stated as `source.noise.prediction_type`. Reads no weights.
+    """
+    student = config.student.model
+    assert isinstance(config.source, ImagesSource) and isinstance(student, DiffusersModel)  # noqa: PT018
+    noise = config.source.noise
+    models = {"student.model": student}
+    models |= {f"teachers.{t.name}": t.model for t in config.teachers if isinstance(t.model, DiffusersModel)}
+    processes = {where: process_of(model) for where, model in models.items()}
+    seen: list[DiffusersModel] = []
+    for where, model in models.items():
+        require_convertible(processes[where], noise, where=where)
+        if model not in seen:
+            seen.append(model)
+            _require_fit(config.source, shapes_of(empty_denoiser(model)), buckets, f"{where} ({model.source})")
+    for where, process in processes.items():
+        apart = process.differs(processes["student.model"])
+        if apart is not None:
+            raise ConfigError(
+                f"{where} ({models[where].source}): wanted the noise schedule of the student ({student.source}), found "
+                f"another: {apart}. Teachers and student learn at the same noised images; use models of one schedule, "
+                "or name the right one with model.scheduler."
+            )
+
+
+def require_convertible(process: Process, noise: NoiseConfig, *, where: str) -> None:
+    """Raise `ConfigError` unless predictions of this process can be stated as `noise.prediction_type` at all draws."""
+    first, end = noise.timesteps
+    if end > process.num_timesteps:
+        raise ConfigError(
+            f"{where}: wanted the timesteps [{first}, {end}) of source.noise.timesteps, found a noise schedule of "
+            f"{process.num_timesteps}; end the range at {process.num_timesteps} or before."
+        )
+    if process.prediction_type == noise.prediction_type:
+        return
+    for kind in (process.prediction_type, noise.prediction_type):
+        at = process.undefined(kind, noise.timesteps)
+        if at is not None:
+            raise ConfigError(
+                f"{where} predicts {process.prediction_type}: wanted it as source.noise.prediction_type "
+                f"{noise.prediction_type}, found that {kind} says nothing of the image at timestep {at}, where the "
+                "noise schedule leaves nothing of it (zero terminal SNR). Set source.noise.prediction_type: "
+                f"{process.prediction_type}, or end source.noise.timesteps at {at}."
+            )
+
+
+def _require_fit(source: ImagesSource, shapes: Shapes, buckets: Sequence[tuple[int, int]], where: str) -> None:
+    space, text = space_facts(source.vae), text_facts(source.text_encoders)
+    if shapes.latent_channels != space.channels:
+        what = "pixels (source.vae: none)" if source.vae == "none" else f"source.vae ({source.vae.source})"
+        raise ConfigError(
+            f"{where}: wanted latents of {shapes.latent_channels} channels, found {space.channels} of {what}. "
+            "Name the autoencoder that this model was trained with."
+        )
+    for key, wanted, found in (
+        ("text embeddings", shapes.text_width, text.width),
+        ("pooled text embeddings", shapes.pooled_width, text.pooled_width),
+    ):
+        if wanted and wanted != found:
+            raise ConfigError(
+                f"{where}: wanted {key} of width {wanted}, found {found or 'none'} of source.text_encoders. "
+                "Name the text encoders that this model was trained with, in their order, and which of them pools."
+            )
+    step = shapes.multiple * space.factor
+    for height, width in buckets:
+        if height % step or width % step:
+            raise ConfigError(
+                f"{where}: wanted heights and widths that are multiples of {step} (the autoencoder's {space.factor} × "
+                f"the network's own {shapes.multiple}), found the bucket [{height}, {width}]. Change source.buckets, "
+                f"or make source.resolution and source.bucket_step multiples of {step}."
+            )
