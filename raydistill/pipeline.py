@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import JsonValue, RootModel
 
 from raydistill.cache.build import build_inputs, build_signal
 from raydistill.cache.content import inputs_content, signal_content
-from raydistill.cache.manifest import Manifest, fingerprint_of
+from raydistill.cache.ledger import read_builds
+from raydistill.cache.manifest import Manifest, fingerprint_of, parsed
 from raydistill.cache.read import open_manifest
 from raydistill.cache.verify import require_sound, verify
 from raydistill.claim import claim, require_own
@@ -44,6 +45,10 @@ SUMMARY_METRICS = (
 """Lines of the table that a run ends with."""
 
 
+class _Stages(RootModel[dict[str, dict[str, JsonValue]]]):
+    """stages.json: facts of each stage."""
+
+
 class Run:
     """One run: its configuration, its folder and its caches."""
 
@@ -51,9 +56,11 @@ class Run:
         self.config = config
         self.store = Store(config.run_dir)
         self.caches = Store(config.cache.dir)
-        self.stages: dict[str, dict[str, JsonValue]] = (
-            json.loads(self.store.read_text("stages.json")) if self.store.exists("stages.json") else {}
-        )
+        self.stages: dict[str, dict[str, JsonValue]] = {}
+        if self.store.exists("stages.json"):
+            remedy = "Remove this file: caches are then verified, models evaluated and exported once more."
+            where = f"{self.store.uri}/stages.json"
+            self.stages = parsed(_Stages, self.store.read("stages.json"), where=where, remedy=remedy).root
 
     def record(self, stage: str, **facts: JsonValue) -> None:
         """Remember facts of a stage in stages.json."""
@@ -77,9 +84,9 @@ class Run:
             return seconds * train.gpus
         if stage != "signals" or teacher.gpus == 0:
             return 0.0
-        builds = [b for store, _ in self.signals.values() for b in json.loads(store.read_text("build.json"))]
-        now = [build for build in builds if build["started"] > time.time() - seconds - 1]
-        return teacher.gpus * sum(b["seconds"] * min(b["actors"][1], max(1, len(b["shards"]))) for b in now)
+        builds = [build for store, _ in self.signals.values() for build in read_builds(store)]
+        now = [build for build in builds if build.started > time.time() - seconds - 1]
+        return teacher.gpus * sum(b.seconds * min(b.actors[1], max(1, len(b.shards))) for b in now)
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` was finished on just this basis."""

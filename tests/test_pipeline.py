@@ -16,7 +16,7 @@ from toys import save_model, tiny_llama
 
 from raydistill import pipeline
 from raydistill.config.schema import RunConfig
-from raydistill.errors import ConfigError, VerificationFailed
+from raydistill.errors import ConfigError, DataError, VerificationFailed
 from raydistill.storage import Store
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards hum old songs by the quiet river"
@@ -135,6 +135,14 @@ def test_time_of_gpus_is_that_of_all_the_gpus_a_stage_asked_for(tmp_path: Path) 
         this.spent(stage, 10.0)
     found = {stage: facts.get("gpu_seconds") for stage, facts in this.stages.items()}
     assert found == {"inputs": None, "signals": 9.0, "train": 80.0, "evaluate": 10.0}
+
+
+@pytest.mark.parametrize("text", ["", '{"verify": {"key"'])
+def test_a_truncated_stages_json_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stages.json").write_text(text)
+    with pytest.raises(DataError, match=r"run/stages\.json is damaged: wanted whole JSON, .*Remove this file"):
+        pipeline.Run(tiny_config(tmp_path))
 
 
 def test_stage_without_its_prerequisite_is_refused(finished: tuple[Path, RunConfig], tmp_path: Path) -> None:

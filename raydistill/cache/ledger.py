@@ -13,10 +13,20 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from raydistill.cache.manifest import FieldRecord, Manifest, ShardRecord, fingerprint_of, parse_manifest
+from pydantic import BaseModel, JsonValue, RootModel
+
+from raydistill.cache.manifest import (
+    FieldRecord,
+    JsonObject,
+    Manifest,
+    ShardRecord,
+    fingerprint_of,
+    parse_manifest,
+    parsed,
+)
 from raydistill.cache.shards import RECORDS, read_records
+from raydistill.config.base import Config
 from raydistill.errors import CacheMismatch, ConfigError
-from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
 MANIFEST = "manifest.json"
@@ -26,6 +36,35 @@ TEACHER = "teacher.json"
 BUILD = "build.json"
 LISTING_SECONDS = 60.0
 """A network file system may show a folder as it was this long ago."""
+
+
+class _Damaged(Config):
+    """damaged.json."""
+
+    shards: dict[str, str]
+
+
+class _Description(Config):
+    """teacher.json."""
+
+    fields: dict[str, FieldRecord]
+    facts: dict[str, JsonValue]
+
+
+class Build(BaseModel, extra="allow"):
+    """How a cache came about, one of the times that it was finished."""
+
+    started: float
+    """Seconds since 1970."""
+    seconds: float
+    actors: tuple[int, int] = (0, 0)
+    """Fewest and most actors of a teacher."""
+    shards: tuple[str, ...] = ()
+    """The shards that were built."""
+
+
+class _Builds(RootModel[list[Build]]):
+    """build.json."""
 
 
 class Ledger:
@@ -63,7 +102,10 @@ class Ledger:
     def begin(self) -> None:
         """Write down what this folder is to hold; `CacheMismatch` when something else is being built in it."""
         if self.store.exists(CONTENT):
-            found = json.loads(self.store.read(CONTENT))
+            remedy = "Remove this file and run the same command again; the shards that are built are kept."
+            found = parsed(
+                JsonObject, self.store.read(CONTENT), where=f"{self.store.uri}/{CONTENT}", remedy=remedy
+            ).root
             if fingerprint_of(found) != self.fingerprint:
                 keys = sorted(k for k in {*found, *self.content} if found.get(k) != self.content.get(k))
                 raise CacheMismatch(
@@ -118,12 +160,9 @@ class Ledger:
             {"kind": kind, "content": self.content, "fingerprint": self.fingerprint, "parent": parent}
             | {"fields": dict(fields), "facts": dict(facts), "shards": [records[name] for name in names]}
         )
-        builds = json.loads(self.store.read(BUILD)) if self.store.exists(BUILD) else []
-        builds.append(
-            {"started": round(self._started, 3), "seconds": round(time.time() - self._started, 3)}
-            | {"host": platform.node(), **build}
-        )
-        self.store.publish(BUILD, json.dumps(builds, indent=1))
+        now = {"started": round(self._started, 3), "seconds": round(time.time() - self._started, 3)}
+        builds = [*read_builds(self.store), Build.model_validate({**now, "host": platform.node(), **build})]
+        self.store.publish(BUILD, _Builds(builds).model_dump_json(indent=1, exclude_unset=True))
         self.store.publish(MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         for name in (DAMAGED, CONTENT, TEACHER):
             self.store.delete(name)
@@ -162,13 +201,25 @@ def is_described(store: Store) -> bool:
 
 def read_description(store: Store) -> tuple[dict[str, FieldRecord], dict[str, JsonValue]]:
     """The fields and facts of `write_description`."""
-    described = json.loads(store.read(TEACHER))
-    return {n: FieldRecord.model_validate(f) for n, f in described["fields"].items()}, described["facts"]
+    remedy = "Remove this file and run the same command again: a teacher then writes it anew."
+    described = parsed(_Description, store.read(TEACHER), where=f"{store.uri}/{TEACHER}", remedy=remedy)
+    return described.fields, described.facts
 
 
 def read_damaged(store: Store) -> dict[str, str]:
     """The content of `damaged.json`: what is wrong, by shard name."""
-    return json.loads(store.read(DAMAGED))["shards"] if store.exists(DAMAGED) else {}
+    if not store.exists(DAMAGED):
+        return {}
+    remedy = "Run --stages verify, which writes this file anew, or removes it when nothing is damaged."
+    return parsed(_Damaged, store.read(DAMAGED), where=f"{store.uri}/{DAMAGED}", remedy=remedy).shards
+
+
+def read_builds(store: Store) -> list[Build]:
+    """The content of `build.json`, oldest first."""
+    if not store.exists(BUILD):
+        return []
+    remedy = "It only tells of times: remove it and run the same command again."
+    return parsed(_Builds, store.read(BUILD), where=f"{store.uri}/{BUILD}", remedy=remedy).root
 
 
 def write_damaged(store: Store, shards: Mapping[str, str]) -> None:

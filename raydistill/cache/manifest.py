@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue, RootModel, ValidationError
 
 from raydistill.config.base import Config
 from raydistill.errors import CacheMismatch, DataError
@@ -91,6 +91,10 @@ class Manifest(Config):
     def split_shards(self, split: str) -> tuple[ShardRecord, ...]:
         """The shards of one split, in name order."""
         return tuple(s for s in self.shards if s.split == split)
+
+
+class JsonObject(RootModel[dict[str, JsonValue]]):
+    """Any JSON object, for `parsed`."""
 
 
 class _Versioned(BaseModel):

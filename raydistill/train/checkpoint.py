@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raydistill.cache.manifest import parsed
 from raydistill.config.base import Config
 from raydistill.errors import DataError
 from raydistill.storage import Store
@@ -71,8 +72,9 @@ class Checkpoints:
         steps = self._steps()
         if not steps:
             return None
-        text = self.store.read_text(_marker(steps[-1]))
-        return Progressed.model_validate_json(text)
+        name = _marker(steps[-1])
+        remedy = "Remove this file: training goes on from the checkpoint before it, or from the beginning."
+        return parsed(Progressed, self.store.read(name), where=f"{self.store.uri}/{name}", remedy=remedy)
 
     def save(self, engines: Mapping[str, Engine], ema: Ema | None, progressed: Progressed) -> None:
         """Write a checkpoint, all ranks together, and drop those beyond the newest `keep`."""

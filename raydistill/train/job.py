@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 
+from raydistill.cache.manifest import parsed
 from raydistill.config.schema import RunConfig
 from raydistill.config.training import PhaseConfig
 from raydistill.errors import ConfigError
@@ -93,14 +94,25 @@ class PhaseResult:
     """Time spent training, over all attempts."""
 
 
+class _Record(BaseModel):
+    """What is read of `final/phase.json`."""
+
+    settings: dict[str, JsonValue]
+    steps: int
+    samples: int
+    tokens: int
+    seconds: float
+
+
 def finished(job: PhaseJob) -> PhaseResult | None:
     """The result of a phase that is done; `ConfigError` when it was done with other settings."""
     final = job.store / FINAL
     if not final.exists(RECORD):
         return None
-    record = json.loads(final.read_text(RECORD))
-    require_same_settings(record["settings"], job, allowed=())
-    return PhaseResult(job.store.uri, record["steps"], record["samples"], record["tokens"], record["seconds"])
+    remedy = "Remove this file: the phase goes on from its last checkpoint and writes it again."
+    record = parsed(_Record, final.read(RECORD), where=f"{final.uri}/{RECORD}", remedy=remedy)
+    require_same_settings(record.settings, job, allowed=())
+    return PhaseResult(job.store.uri, record.steps, record.samples, record.tokens, record.seconds)
 
 
 def require_same_settings(found: Mapping[str, JsonValue], job: PhaseJob, *, allowed: tuple[str, ...]) -> list[str]:

@@ -171,6 +171,34 @@ def test_a_kill_before_the_manifest_needs_no_teacher_to_finish(
     assert cache_bytes(build_all(config).signal) == cache_bytes(built.signal)
 
 
+@pytest.mark.parametrize("length", [0, 17])
+def test_truncated_files_of_the_ledger_are_named_and_their_remedies_work(
+    built: Built, in_process: InProcess, length: int
+) -> None:
+    before = cache_bytes(built.signal)
+    name = built.signal_manifest.shards[0].name
+    described = {key: getattr(built.signal_manifest, key) for key in ("fields", "facts")}
+    ledger.write_description(built.signal, described["fields"], described["facts"])
+    built.signal.publish("content.json", json.dumps(built.signal_manifest.content, indent=1))
+    built.signal.delete("manifest.json")
+    built.signal.delete(name)
+    write_damaged(built.signal, {name: "truncated"})
+    for file, remedy in (
+        ("damaged.json", "Run --stages verify"),
+        ("content.json", "shards that are built are kept"),
+        ("teacher.json", "a teacher then writes it anew"),
+        ("build.json", "only tells of times"),
+    ):
+        path = Path(built.signal.path(file))
+        path.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(DataError, match=rf"/{file} is damaged: wanted whole JSON, .*{remedy}"):
+            build_all(built.config)
+        path.unlink()
+    again = build_all(built.config)
+    assert cache_bytes(again.signal) == before
+    assert in_process.items == [name, ""]
+
+
 def test_only_damaged_and_absent_shards_are_rebuilt_and_the_list_goes_away(built: Built, in_process: InProcess) -> None:
     before = cache_bytes(built.signal)
     names = [record.name for record in built.signal_manifest.shards]
