@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from phases import Killed, final, kill_after, lines, logged, phase_job, same_bytes
@@ -148,10 +149,11 @@ def test_the_best_weights_by_a_metric_are_handed_over(folder: Path) -> None:
         assert not same_bytes(phase_job(folder), job)
 
 
-def test_a_metric_that_is_not_measured_is_named(folder: Path) -> None:
-    phase = {"steps": 1, "checkpoint": {"best_metric": "fid"}}
+def test_a_metric_that_the_rows_do_not_give_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dataset, "text_bytes", property(lambda self: np.zeros(self.num_rows, np.int32)))
+    phase = {"steps": 1, "checkpoint": {"best_metric": "bits_per_byte"}}
     job = phase_job(folder, phase=phase, name="no-metric", evaluate={"every_steps": 1})
-    with pytest.raises(ConfigError, match=r"wanted one of .*perplexity.*found fid"):
+    with pytest.raises(ConfigError, match=r"wanted one of .*perplexity.*found bits_per_byte"):
         train_phase(job)
 
 
