@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -7,7 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from fake_image_run import CAPTIONS, fake_image_run
 from fake_run import fake_run
+from PIL import Image
 
 from raydistill.report import render_report, write_report
 from raydistill.report.charts import (
@@ -24,6 +28,7 @@ from raydistill.report.charts import (
     thinned,
 )
 from raydistill.report.curves import loss_figures, machine_figures, read_log
+from raydistill.report.images import gallery, timestep_figures
 from raydistill.report.page import benchmarks
 from raydistill.report.words import duration, lede, said, size
 from raydistill.storage import Store
@@ -225,3 +230,87 @@ def test_the_lede_says_what_the_comparison_says() -> None:
         "Distillation closed 50\N{NO-BREAK SPACE}% of the gap to the teacher.",
     ]
     assert lede({}) == []
+
+
+def test_an_image_run_shows_every_model_beside_its_teachers(tmp_path: Path) -> None:
+    run = Store(fake_image_run(tmp_path))
+    write_report(run)
+    page = run.read_text("report.html")
+    parsed = _parsed(page)
+    assert [i for i in parsed.ids if i in SECTIONS] == ["result", "samples", "training", "cache", "time", "settings"]
+    found = gallery(run, json.loads(run.read_text("samples.json")))
+    assert found is not None
+    assert [name for name, _ in found.heads] == [
+        "Held-out image", "google", "twitter", "Without a teacher", "Distilled student", "Distilled, averaged",
+    ]  # fmt: skip
+    sources = re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)
+    assert len(sources) == len(CAPTIONS) * 6
+    assert base64.b64decode(sources[4]) == run.read("samples/00-student.png")
+    assert "flag: <b>Wales</b> & more" in parsed.text
+    assert "(no caption)" in parsed.text
+    assert "61 held-out images with 244 draws of noise" in parsed.text
+    for text in ("too few for 2,048 features", "Error to google", "Fréchet distance · default_1", "Each teacher"):
+        assert text in parsed.text
+    assert "None" not in parsed.text
+    assert not re.search(r"\bnan\b", page)
+
+
+def test_the_page_of_an_image_run_reaches_for_nothing_outside_itself(tmp_path: Path) -> None:
+    page = render_report(Store(fake_image_run(tmp_path)))
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:image/png;)|url\(|@import|<script|<link|https?://", page)
+
+
+def test_errors_by_timestep_are_drawn_for_each_model_and_each_teacher(tmp_path: Path) -> None:
+    metrics = json.loads(Store(fake_image_run(tmp_path)).read_text("metrics.json"))
+    figures = {f.title: f for f in timestep_figures(metrics)}
+    assert [name for name, _ in figures["Error to the teachers by timestep"].legend] == [
+        "Teachers among themselves", "Untrained student", "Without a teacher", "Distilled student",
+        "Distilled, averaged",
+    ]  # fmt: skip
+    assert figures["Error to each teacher by timestep"].legend == (("google", "c0"), ("twitter", "c1"))
+    assert "Error to the truth by timestep" in figures
+    assert "timestep 50" in figures["Error to the teachers by timestep"].chart
+
+
+def test_an_only_teachers_error_to_itself_is_not_drawn_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    metrics = json.loads(Store(fake_image_run(tmp_path)).read_text("metrics.json"))
+    metrics["teacher"]["by_timestep"]["mse_to_teacher"] = [0.0] * 10
+    metrics["student"]["by_timestep"]["mse_to_noise"][3] = None
+    del metrics["teachers"]
+    first = timestep_figures(metrics)[0]
+    assert "Teacher" not in [name for name, _ in first.legend]
+
+
+def test_large_images_are_made_smaller_and_small_ones_keep_their_pixels(tmp_path: Path) -> None:
+    small, large = (Store(fake_image_run(tmp_path / str(side), side=side)) for side in (32, 1024))
+    for run, pixelated, longest in ((small, True, 32), (large, False, 320)):
+        found = gallery(run, json.loads(run.read_text("samples.json")))
+        assert found is not None
+        assert found.pixelated is pixelated
+        uri = found.rows[0].images[1]
+        assert uri is not None
+        assert max(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size) == longest
+
+
+def test_a_missing_image_leaves_a_dash(tmp_path: Path) -> None:
+    run = Store(fake_image_run(tmp_path))
+    run.delete("samples/01-student.png")
+    found = gallery(run, json.loads(run.read_text("samples.json")))
+    assert found is not None
+    assert found.rows[1].images[4] is None
+    _parsed(render_report(run))
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_a_missing_file_of_an_image_run_leaves_its_part_out(tmp_path: Path, missing: str) -> None:
+    run = Store(fake_image_run(tmp_path))
+    run.delete(missing)
+    _parsed(render_report(run))
+
+
+def test_the_lede_of_denoisers_speaks_of_errors_and_of_what_is_possible(tmp_path: Path) -> None:
+    metrics = json.loads(Store(fake_image_run(tmp_path)).read_text("metrics.json"))
+    assert lede(metrics)[1] == (
+        "Its held-out error to its teachers is 0.0132, against 0.0046 at best (as the teachers differ), 0.021 for the "
+        "same student trained without one and 1.02 before training."
+    )

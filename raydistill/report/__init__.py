@@ -1,7 +1,8 @@
 """report.html: one self-contained page about a run, made from the files of the run folder alone.
 
 Read, where they are there: config.json (`{"config", "versions"}`), metrics.jsonl, baseline/metrics.jsonl, metrics.json,
-samples.json, cache_stats.json and stages.json (`{stage: {"seconds", "gpu_seconds"}}`; else `stages` of metrics.json).
+samples.json with the images it names, cache_stats.json and stages.json (`{stage: {"seconds", "gpu_seconds"}}`; else
+`stages` of metrics.json).
 The page needs no network and no script; charts are inline SVG and the colours follow the reader's light or dark mode.
 """
 
@@ -14,7 +15,8 @@ from jinja2 import Environment, StrictUndefined
 
 from raydistill.report import page
 from raydistill.report.curves import held_out_figures, in_thirds, loss_figures, machine_figures, read_log
-from raydistill.report.words import ROLE_NAMES, lede
+from raydistill.report.images import gallery, timestep_figures
+from raydistill.report.words import IMAGE_PARTS, PARTS, ROLE_NAMES, lede
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -31,6 +33,9 @@ def render_report(run: Store) -> str:
     stats = page.section(_json(run, "cache_stats.json"))
     log, baseline = read_log(run, "metrics.jsonl"), read_log(run, "baseline/metrics.jsonl")
     teachers, student = page.players(config)
+    samples = page.section(_json(run, "samples.json"))
+    of_images = page.section(config.get("source")).get("kind") == "images"
+    teacher_names, teacher_rows = page.teacher_rows(metrics) if of_images else ([], [])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = resources.files(__package__)
     template = environment.from_string(folder.joinpath("report.html.j2").read_text(encoding="utf-8"))
@@ -45,13 +50,18 @@ def render_report(run: Store) -> str:
         role_names=ROLE_NAMES,
         standing=[f for f in (page.quality_figure(metrics), page.closeness_figure(metrics)) if f],
         rows=page.comparison_rows(metrics),
-        held_out=page.section(metrics.get("held_out")),
+        held_out=page.held_out_words(metrics),
+        teacher_names=teacher_names,
+        teacher_rows=teacher_rows,
+        by_timestep=timestep_figures(metrics),
         in_thirds=in_thirds,
-        losses=loss_figures(log, baseline),
+        losses=loss_figures(log, baseline, IMAGE_PARTS if of_images else PARTS),
         evaluations=held_out_figures(log, baseline),
         machine=machine_figures(log),
         benchmarks=page.benchmarks(metrics),
-        samples=page.samples(page.section(_json(run, "samples.json"))),
+        gallery=gallery(run, samples),
+        samples=[] if samples.get("kind") == "images" else page.samples(samples),
+        of_images=of_images,
         inputs=page.cache_facts(stats),
         signals=page.signals(stats),
         stages=page.stages(page.section(_json(run, "stages.json") or metrics.get("stages"))),

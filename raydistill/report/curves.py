@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from raydistill.report.charts import NARROW, WIDE, Format, Point, Series, line_chart, needs_log, number, percent
-from raydistill.report.words import METRICS, PARTS, Metric, as_number, said
+from raydistill.report.words import PARTS, Metric, as_number, metric_of, said
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -77,8 +77,11 @@ def _of(section: str, name: str) -> Callable[[JsonLine], JsonValue]:
     return lambda line: _section(line, section).get(name)
 
 
-def loss_figures(log: Log, baseline: Log) -> list[Figure]:
-    """The optimised loss, then each part; the baseline is drawn where it has the same part."""
+def loss_figures(log: Log, baseline: Log, parts: Mapping[str, Metric] = PARTS) -> list[Figure]:
+    """The optimised loss, then each part; the baseline is drawn where it has the same part.
+
+    `parts` says what they are called.
+    """
     shown = [log.points(_loss)]
     names = []
     for name in log.keys("parts"):  # a part alone is the whole loss, and the only teacher is all teachers
@@ -88,14 +91,14 @@ def loss_figures(log: Log, baseline: Log) -> list[Figure]:
     width = NARROW if in_thirds(1 + len(names)) else WIDE
     figures = [_pair("Loss", "what is optimised", log, baseline, _loss, overlay=False, width=width)]
     for name in names:
-        metric = _part(name)
+        metric = _part(name, parts)
         figures.append(_pair(metric.title, metric.meaning, log, baseline, _of("parts", name), metric.unit, width=width))
     return [f for f in figures if f.chart]
 
 
-def _part(name: str) -> Metric:
+def _part(name: str, parts: Mapping[str, Metric]) -> Metric:
     first, _, teacher = name.partition("/")
-    known = PARTS.get(first, Metric(first, _words(first), "part of the loss"))
+    known = parts.get(first, Metric(first, _words(first), "part of the loss"))
     return replace(known, title=f"{known.title} · {teacher}") if teacher else known
 
 
@@ -110,12 +113,11 @@ def _loss(line: JsonLine) -> JsonValue:
 
 def held_out_figures(log: Log, baseline: Log) -> list[Figure]:
     """The evaluations during training."""
-    known = {metric.name: metric for metric in METRICS}
     figures = []
     for name in log.keys("evaluation"):
         if name == "loss":  # perplexity says it
             continue
-        metric = known.get(name, Metric(name, _words(name), "on held-out rows"))
+        metric = metric_of(name) or Metric(name, _words(name), "on held-out rows")
         value = _of("evaluation", name)
         figures.append(_pair(metric.title, metric.meaning, log, baseline, value, metric.unit, width=NARROW))
     return [f for f in figures if f.chart]

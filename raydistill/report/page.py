@@ -10,10 +10,22 @@ from omegaconf import OmegaConf
 
 from raydistill.report.charts import NBSP, Bar, bar_chart, dot_chart, histogram, number, percent
 from raydistill.report.curves import Figure
-from raydistill.report.words import IN_TABLE_ELSEWHERE, METRICS, ROLE_NAMES, Metric, as_number, duration, said, size
+from raydistill.report.images import feature_metrics, flattened, signal_facts, space_facts
+from raydistill.report.words import (
+    IN_TABLE_ELSEWHERE,
+    METRICS,
+    ROLE_NAMES,
+    Metric,
+    as_number,
+    duration,
+    metric_of,
+    said,
+    size,
+    spoken,
+)
 from raydistill.signals import JsonValue
 
-CLOSENESS = ("kl_to_teacher", "mse_to_teacher")
+CLOSENESS = ("kl_to_teacher", "mse_to_noise")
 """Metrics of which one is drawn beside the quality."""
 Json = Mapping[str, JsonValue]
 LOGITS_BYTES = 2
@@ -95,40 +107,61 @@ def quality_figure(metrics: Json) -> Figure | None:
     log = all(b.value > 0 for b in bars) and max(b.value for b in bars) > 8 * min(b.value for b in bars)
     title = title_of(name)
     note = "lower is better" if comparison.get("lower_is_better") else "higher is better"
+    if name == "mse_to_teacher":
+        note += "; the teachers' own is how far they are apart"
     note = f"on held-out rows, {note}" + (", logarithmic axis" if log else "")
     return Figure(title, note, dot_chart(bars, label=title, log=log))
 
 
 def closeness_figure(metrics: Json) -> Figure | None:
     """How far each student is from the teacher."""
+    ranked = section(metrics.get("comparison")).get("quality_metric")
     for metric in METRICS:
-        if metric.name not in CLOSENESS:
+        if metric.name not in CLOSENESS or metric.name == ranked:
             continue
         values = {r: as_number(section(metrics.get(r)).get(metric.name)) for r in ROLE_NAMES if r != "teacher"}
         bars = [Bar(ROLE_NAMES[r], v, said(v, metric.unit), r) for r, v in values.items() if v is not None]
         if len(bars) > 1:
-            return Figure(metric.title, metric.meaning, dot_chart(bars, label=metric.title, zero=True))
+            log = min(b.value for b in bars) > 0 and max(b.value for b in bars) > 20 * min(b.value for b in bars)
+            note = metric.meaning + (", logarithmic axis" if log else "")
+            return Figure(metric.title, note, dot_chart(bars, label=metric.title, log=log, zero=not log))
     return None
 
 
 def title_of(name: str) -> str:
     """How the page calls a metric."""
-    return next((m.title for m in METRICS if m.name == name), name.replace("_", " ").capitalize())
+    metric = metric_of(name)
+    return metric.title if metric else name.replace("_", " ").capitalize()
 
 
 def comparison_rows(metrics: Json) -> list[Row]:
     """The comparison table: known metrics first, then whatever else was measured."""
-    roles = measured(metrics)
-    lines = {role: section(metrics.get(role)) for role in roles}
-    known = {m.name for m in METRICS}
-    extra = dict.fromkeys(k for line in lines.values() for k in line if k not in known | IN_TABLE_ELSEWHERE)
+    return _rows({role: section(metrics.get(role)) for role in measured(metrics)}, metrics)
+
+
+def teacher_rows(metrics: Json) -> tuple[list[str], list[Row]]:
+    """Names of several teachers, and the same table of them."""
+    lines = {name: section(line) for name, line in section(metrics.get("teachers")).items()}
+    return list(lines), _rows(lines, metrics, tone="teacher") if lines else []
+
+
+def _rows(lines: Mapping[str, Json], metrics: Json, *, tone: str | None = None) -> list[Row]:
+    """A row for each metric that some model has; the best student is marked, a teacher never."""
+    flat = {who: flattened(line) for who, line in lines.items()}
+    features = feature_metrics([*lines.values()])
+    names = dict.fromkeys(name for line in lines.values() for name in line if name.startswith("mse_to/"))
+    single = [metric for name in names if (metric := metric_of(name))]
+    known = {metric.name for metric in (*METRICS, *single)}
+    extra = dict.fromkeys(name for line in lines.values() for name in line if name not in known | IN_TABLE_ELSEWHERE)
+    place = next(i for i, metric in enumerate(METRICS) if metric.name == "clip_score")
+    others = [Metric(name, name.replace("_", " ").capitalize(), "") for name in extra]
     rows = []
-    for metric in (*METRICS, *(Metric(k, k.replace("_", " ").capitalize(), "") for k in extra)):
-        values = {role: as_number(lines[role].get(metric.name)) for role in roles}
+    for metric in (*METRICS[:place], *single, *features, *METRICS[place:], *others):
+        values = {who: as_number(line.get(metric.name)) for who, line in flat.items()}
         if all(v is None for v in values.values()):
             continue
-        best = _best({r: v for r, v in values.items() if r != "teacher"}, metric.better)
-        cells = tuple(Cell(said(values[r], metric.unit), r, r == best) for r in roles)
+        best = None if tone else _best({r: v for r, v in values.items() if r != "teacher"}, metric.better)
+        cells = tuple(Cell(said(v, metric.unit), tone or who, who == best) for who, v in values.items())
         rows.append(Row(metric.title, metric.meaning, cells))
     return rows
 
@@ -148,7 +181,8 @@ def tiles(metrics: Json) -> list[tuple[str, str, str]]:
     name = str(comparison.get("quality_metric", ""))
     if (quality := as_number(comparison.get("student_quality"))) is not None:
         teacher = as_number(comparison.get("teacher_quality"))
-        found.append((number(quality), name.replace("_", " "), f"teacher {number(teacher)}" if teacher else ""))
+        goal = "at best" if name == "mse_to_teacher" else "teacher"
+        found.append((number(quality), spoken(name), f"{goal} {number(teacher)}" if teacher else ""))
     if (closed := as_number(comparison.get("gap_closed"))) is not None:
         baseline = as_number(comparison.get("baseline_gap_closed"))
         more = f"without a teacher {percent(baseline)}" if baseline is not None else ""
@@ -157,11 +191,23 @@ def tiles(metrics: Json) -> list[tuple[str, str, str]]:
         teacher = as_number(section(metrics.get("teacher")).get("parameters"))
         found.append((number(count), "parameters", f"teacher {number(teacher)}" if teacher else ""))
     if ratio := as_number(comparison.get("speed_ratio")):
-        speed = as_number(student.get("tokens_per_second"))
-        found.append((f"{number(ratio)}×", "the teacher's speed", f"{number(speed)} tokens/s" if speed else ""))
+        speeds = {"tokens/s": "tokens_per_second", "images/s": "images_per_second", "steps/s": "samples_per_second"}
+        known = [f"{number(v)} {unit}" for unit, key in speeds.items() if (v := as_number(student.get(key)))]
+        found.append((f"{number(ratio)}×", "the teacher's speed", known[0] if known else ""))
     if (agreement := as_number(student.get("top1_agreement"))) is not None:
         found.append((percent(agreement), "top-1 agreement", "with the teacher"))
     return found
+
+
+def held_out_words(metrics: Json) -> str:
+    """What was measured on, in words."""
+    found = section(metrics.get("held_out"))
+    if "draws" in found:
+        return f"{said(found.get('rows'))} held-out images with {said(found['draws'])} draws of noise"
+    if "targets" in found:
+        rows, targets = (f"{as_number(found.get(key)) or 0:,.0f}" for key in ("rows", "targets"))
+        return f"{rows} held-out rows with {targets} predicted tokens"
+    return ""
 
 
 def benchmarks(metrics: Json) -> Benchmarks | None:
@@ -237,6 +283,8 @@ def signals(stats: Json) -> list[Signal]:
 
 
 def _signal(name: str, stats: Json) -> Signal:
+    if "bytes_per_draw" in stats:
+        return Signal(name, tuple(signal_facts(stats)), ())
     per_target = as_number(stats.get("bytes_per_target"))
     facts = [("Rows", said(stats.get("rows"))), ("Targets", said(stats.get("targets")))]
     facts += [("Size", said(stats.get("bytes"), "bytes"))]
@@ -321,7 +369,7 @@ def _machine(asked: Json) -> str:
 
 
 def cache_facts(stats: Json) -> list[tuple[str, str]]:
-    """Rows and tokens of the inputs."""
+    """Rows, tokens or sizes of the inputs."""
     inputs = section(stats.get("inputs"))
     facts = []
     for key in ("rows", "tokens"):
@@ -329,6 +377,7 @@ def cache_facts(stats: Json) -> list[tuple[str, str]]:
         if splits:
             parts = [f"{said(value)} {name.replace('_', '-')}" for name, value in splits.items()]
             facts.append((key.capitalize(), ", ".join(parts)))
+    facts += space_facts(inputs)
     if (num_bytes := as_number(inputs.get("bytes"))) is not None:
         facts.append(("Size", size(num_bytes)))
     return facts
@@ -349,4 +398,7 @@ def players(config: Json) -> tuple[Sequence[str], str]:
 def _source(part: Json) -> str:
     """The last part of a model's address, without version and hash."""
     source = str(section(part.get("model")).get("source", ""))
-    return source.split("#")[0].rstrip("/").split("/")[-1] or source
+    parts = source.split("#")[0].rstrip("/").split("/")
+    if parts[-1] == "export" and len(parts) > 1:  # of another run, which is better known by its own folder
+        parts.pop()
+    return parts[-1] or source

@@ -39,9 +39,21 @@ METRICS = (
     Metric("top1_accuracy", "Next-token accuracy", "most probable next token is the true one", "share", "high"),
     Metric("ece", "Calibration error", "gap between confidence and accuracy, 15 bins (ECE)", "share", "low"),
     Metric("entropy", "Entropy", "mean entropy of the predictions, in nats"),
+    Metric(
+        "mse_to_teacher",
+        "Error to the teachers",
+        "mean squared, weighted like the loss; the teacher's is the least possible",
+        better="low",
+    ),
+    Metric("mse_to_mean", "Error to their mean", "the part of it that a student can lower", better="low"),
+    Metric("mse_to_noise", "Error to the truth", "against the noise that was really mixed in", better="low"),
+    Metric("clip_score", "CLIP score", "100 × cosine of generated image and caption", better="high"),
     Metric("parameters", "Parameters", "numbers that the model holds"),
     Metric("bytes", "Size", "bytes of the weights in the number format used", "bytes"),
     Metric("tokens_per_second", "Tokens per second", "forward pass and output head, same rows and machine"),
+    Metric("samples_per_second", "Steps per second", "forward passes of one image each, same draws and machine"),
+    Metric("images_per_second", "Images per second", "all steps of the sampler, and decoding"),
+    Metric("peak_memory_bytes", "Working memory", "most that a forward pass takes beside the weights", "bytes"),
 )
 PARTS = {
     metric.name: metric
@@ -54,8 +66,33 @@ PARTS = {
     )
 }
 """What is known of the parts of a loss, by the name before the slash."""
-IN_TABLE_ELSEWHERE = {"loss", "benchmarks", "lm_eval", "capture_tokens_per_second"}
+IMAGE_PARTS = {
+    metric.name: metric
+    for metric in (
+        Metric("kd", "Distance to the teachers", "between predictions, weighted over the teachers"),
+        Metric("task", "Plain diffusion loss", "against the noise that was really mixed in"),
+        Metric("tap", "Features", "of a block, against the teacher's"),
+    )
+}
+"""The same where denoisers learn."""
+IN_TABLE_ELSEWHERE = {
+    "loss", "benchmarks", "lm_eval", "capture_tokens_per_second", "by_timestep", "features", "clip_images",
+}  # fmt: skip
 """Entries of a model's line that the table leaves to other places."""
+SPOKEN = {"mse_to_teacher": "error to its teachers", "mse_to_noise": "error"}
+"""How a sentence calls the metric that ranks the models, where its name would not do."""
+
+
+def metric_of(name: str) -> Metric | None:
+    """What is known of a metric of models."""
+    if name.startswith("mse_to/"):
+        return Metric(name, f"Error to {name.removeprefix('mse_to/')}", "mean squared, to this teacher", better="low")
+    return next((metric for metric in METRICS if metric.name == name), None)
+
+
+def spoken(name: str) -> str:
+    """A metric inside a sentence."""
+    return SPOKEN.get(name, name.replace("_", " "))
 
 
 def as_number(value: JsonValue) -> float | None:
@@ -116,16 +153,16 @@ def lede(metrics: Mapping[str, JsonValue]) -> list[str]:
         if speed:
             sentence += f", and runs {number(speed)} times as fast"
         sentences.append(sentence + ".")
-    name = str(comparison.get("quality_metric", "quality")).replace("_", " ")
+    metric = str(comparison.get("quality_metric", "quality"))
     quality = {role: as_number(comparison.get(f"{role}_quality")) for role in ROLE_NAMES}
     if quality["student"] is not None:
         others = {
-            "teacher": "{} for the teacher",
+            "teacher": "{} at best (as the teachers differ)" if metric == "mse_to_teacher" else ("{} for the teacher"),
             "student_ce": "{} for the same student trained without one",
             "student_init": "{} before training",
         }
-        known = [text.format(number(v)) for role, text in others.items() if (v := quality[role]) is not None]
-        sentence = f"Its held-out {name} is {number(quality['student'])}"
+        known = [text.format(number(v)) for role, text in others.items() if (v := quality[role])]
+        sentence = f"Its held-out {spoken(metric)} is {number(quality['student'])}"
         sentences.append(sentence + (f", against {_joined(known)}" if known else "") + ".")
     if (closed := as_number(comparison.get("gap_closed"))) is not None:
         sentences.append(f"Distillation closed {percent(closed)} of the gap to the teacher")
