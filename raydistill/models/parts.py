@@ -7,12 +7,14 @@ A source is a folder (of a whole pipeline or of the part alone), one `.safetenso
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from raydistill.errors import DataError
@@ -124,6 +126,11 @@ def load_errors_explained(source: str) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{source} cannot be loaded: its .bin file holds more than tensors, and nothing else is ever unpickled. "
+            "Use weights in safetensors."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise DataError(f"{source} cannot be loaded: {lines[0]}") from error
