@@ -43,7 +43,7 @@ def tiny_unet(
             layers_per_block=1,
             transformer_layers_per_block=1,
             attention_head_dim=(1, 2),
-            norm_num_groups=4,
+            norm_num_groups=2,
             cross_attention_dim=TEXT,
             addition_embed_type="text_time",
             addition_time_embed_dim=4,

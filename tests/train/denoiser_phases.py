@@ -186,7 +186,7 @@ def denoiser_job(
                     "steps": 6,
                     "recipe": {"kind": "noise_prediction", "alpha": 0.8},
                     "batch": {"global_size": 8, "micro_size": 2},
-                    "optimizer": {"student": {"lr": 3e-3, "weight_decay": 0.1}},
+                    "optimizer": {"student": {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-4}},
                     "precision": "fp32",
                     "log_every": 1,
                     "checkpoint": {"every_steps": 3},
