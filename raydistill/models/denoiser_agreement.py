@@ -26,12 +26,6 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
     models = {"student.model": student}
     models |= {f"teachers.{t.name}": t.model for t in config.teachers if isinstance(t.model, DiffusersModel)}
     processes = {where: process_of(model) for where, model in models.items()}
-    seen: list[DiffusersModel] = []
-    for where, model in models.items():
-        require_convertible(processes[where], noise, where=where)
-        if model not in seen:
-            seen.append(model)
-            _require_fit(config.source, shapes_of(empty_denoiser(model)), buckets, f"{where} ({model.source})")
     for where, process in processes.items():
         apart = process.differs(processes["student.model"])
         if apart is not None:
@@ -40,6 +34,12 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
                 f"another: {apart}. Teachers and student learn at the same noised images; use models of one schedule, "
                 "or name the right one with model.scheduler."
             )
+    seen: list[DiffusersModel] = []
+    for where, model in models.items():
+        require_convertible(processes[where], noise, where=where)
+        if model not in seen:
+            seen.append(model)
+            _require_fit(config.source, shapes_of(empty_denoiser(model)), buckets, f"{where} ({model.source})")
 
 
 def require_convertible(process: Process, noise: NoiseConfig, *, where: str) -> None:
