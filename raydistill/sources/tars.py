@@ -54,6 +54,8 @@ def samples(file: ImageFile, caption_key: str | None) -> Iterator[Sample]:
                 sample.place = Place(file.uri, member.offset_data, member.size)
             elif extension in ("txt", "json", caption_key):
                 texts[extension] = _content(tar, member)
+        if tar.offset + tarfile.BLOCKSIZE > file.size:  # `tarfile` takes a missing end for the end
+            raise tarfile.ReadError("the block that ends a tar is missing")
         if sample is not None:
             yield _with_caption(sample, texts, file, caption_key)
 
