@@ -104,7 +104,8 @@ class NoisePrediction(Recipe[NoisePredictionRecipe]):
             told = {name: batch[name] for name in CONDITIONS if name in batch}
             own = predict(self.student, x_t, process.times(t), told)
         prediction = process.convert(own, x_t, t, source=process.prediction_type, target=self._common)
-        weight = batch["weight"] * self._weight.to(t.device)[t]
+        self._weight = self._weight.to(t.device)
+        weight = batch["weight"] * self._weight[t]
 
         def total(target: Tensor) -> Tensor:
             return (weight * distance(config.loss, prediction, target, delta=config.delta)).sum()

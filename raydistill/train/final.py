@@ -17,11 +17,11 @@ from raydistill.train.checkpoint import Progressed
 from raydistill.train.engine import Engine
 from raydistill.train.job import FINAL, RECORD, PhaseJob
 from raydistill.train.masters import assembled
-from raydistill.train.prepare import Prepared, first_state
+from raydistill.train.prepare import PLAYERS, Prepared, first_state
 
 BEST = "best"
 BEST_RECORD = "best.json"
-WEIGHTS = ("model.safetensors", "ema.safetensors", "players.safetensors")
+WEIGHTS = ("model.safetensors", "ema.safetensors", PLAYERS)
 
 
 def write_weights(prepared: Prepared, store: Store) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from raydistill.cache.joined import open_manifest
@@ -33,6 +34,9 @@ from raydistill.train.ema import Ema
 from raydistill.train.engine import Engine, ensure_process_group
 from raydistill.train.job import MAY_CHANGE, PhaseJob, require_same_settings
 from raydistill.train.parameters import groups_table, player_groups
+
+PLAYERS = "players.safetensors"
+"""What players own beside the student, in the folder of the weights that a phase hands over."""
 
 
 class Validator(Protocol):
@@ -133,6 +137,7 @@ def prepare(job: PhaseJob, device: torch.device) -> Prepared:
     if job.config.student.gradient_checkpointing:
         recompute_activations(student)
     recipe = make_recipe(phase.recipe, student, teachers, job.config.source)
+    take_over(job.weights, recipe)
     stores = {name: Store(uri) for name, uri in job.signals.items()}
     dataset = open_dataset(job.config, Store(job.inputs), stores, split="train", fields=recipe.reads)
     require_fitting_inputs(job, student, dataset.inputs_manifest.facts)
@@ -169,6 +174,20 @@ def make_engines(job: PhaseJob, recipe: Recipe[Config], num_steps: int, device: 
             print(f"phase {phase.name}, player {name}: trained parameters\n{groups_table(groups, network)}", flush=True)
         engines[name] = Engine(recipe, name, groups, phase, phase.optimizer[name], num_steps=num_steps, device=device)
     return engines
+
+
+def take_over(weights: str | None, recipe: Recipe[Config]) -> None:
+    """What players own beside the student goes on from where the phase before left it, by name and shape."""
+    if weights is None:
+        return
+    store = Store(weights.rpartition("/")[0] if weights.endswith(".safetensors") else weights)
+    kept = load_tensors(store.read(PLAYERS)) if store.exists(PLAYERS) else {}
+    own = {id(p) for p in recipe.student.parameters()}
+    for player, network in recipe.players().items():
+        for name, parameter in network.named_parameters():
+            found = kept.get(f"{player}/{name}")
+            if id(parameter) not in own and found is not None and found.shape == parameter.shape:
+                parameter.data.copy_(found)
 
 
 def teacher_views(job: PhaseJob) -> dict[str, TeacherView]:
