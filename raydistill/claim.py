@@ -22,7 +22,7 @@ Trained: TypeAlias = Literal["open", "begun", "done"]
 """How far a phase is."""
 
 FREE = re.compile(
-    r"(resources|tracking|plan|cache|run_dir|evaluate\.(?!held_out))|student\.gradient_checkpointing"
+    r"(resources|tracking|plan|export|cache\.(?!store)|run_dir|evaluate\.(?!held_out))|student\.gradient_checkpointing"
     r"|phases\.\d+\.(zero|log_every|explode_factor|checkpoint\.(every_steps|keep)|batch\.micro_size)"
 )
 """Keys that say where and how the work is done, or how it is looked at, but not what comes out of training."""

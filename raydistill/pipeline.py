@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import JsonValue, RootModel
 
+from raydistill.cache.average import AVERAGE, average_content, build_average
 from raydistill.cache.build import build_inputs, build_signal
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.ledger import read_builds
@@ -28,19 +29,23 @@ from raydistill.cluster import connect, on_teacher_hardware, on_train_hardware, 
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
+from raydistill.config.sources import ImagesSource, TextSource
 from raydistill.config.training import PhaseConfig
 from raydistill.errors import ConfigError
 from raydistill.evaluate.comparison import ROLES
 from raydistill.evaluate.stage import EvaluateJob, check_evaluation, evaluate_run
 from raydistill.export import export_run
 from raydistill.models.agreement import check_vocabularies
+from raydistill.models.denoiser_agreement import check_denoisers
 from raydistill.models.student import build_student, save_student
 from raydistill.report import write_report
+from raydistill.sources.buckets import buckets_of
 from raydistill.storage import Store
 from raydistill.train.launch import PhaseJob, train_phase
 
 SUMMARY_METRICS = (
-    "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "ece", "tokens_per_second", "parameters", "bytes",
+    "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "ece", "mse_to_teacher", "mse_to_noise",
+    "tokens_per_second", "samples_per_second", "parameters", "bytes",
 )  # fmt: skip
 """Lines of the table that a run ends with."""
 
@@ -99,13 +104,20 @@ class Run:
 
     @cached_property
     def signals(self) -> dict[str, tuple[Store, Manifest]]:
-        """The finished signal caches by teacher; `ConfigError` when the stage `signals` has not been run."""
-        return {
+        """The finished signal caches by teacher, and their average where there is one.
+
+        `ConfigError` when the stage `signals` has not been run.
+        """
+        signals = {
             teacher.name: self._finished(
                 teacher.name, signal_content(self.config, teacher, self.inputs[1]), stage="signals"
             )
             for teacher in self.config.teachers
         }
+        if self.has_average:
+            weights = {teacher.name: teacher.weight for teacher in self.config.teachers}
+            signals[AVERAGE] = self._finished(AVERAGE, average_content(signals, weights), stage="signals")
+        return signals
 
     def _finished(self, name: str, content: Mapping[str, JsonValue], *, stage: str) -> tuple[Store, Manifest]:
         store = self.caches / f"{name}-{fingerprint_of(content)}"
@@ -116,6 +128,11 @@ class Run:
         manifest = open_manifest(store)
         manifest.require(fingerprint=fingerprint_of(content), content=content, where=store.uri)
         return store, manifest
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the average of the teachers' predictions is kept besides."""
+        return self.config.cache.store == "average" and any(t.weight > 0 for t in self.config.teachers)
 
     @property
     def has_baseline(self) -> bool:
@@ -151,7 +168,7 @@ def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
         require_own(this.store, this.config, [folder for _, folder in this.phases("phases")])
         check_evaluation(this.config)
         if stages is None or {"inputs", "signals", "init"} & {*stages}:
-            check_vocabularies(this.config)
+            _check_agreement(this.config)
         claim(this.store, this.config)
         for stage in STAGES:
             if stages is None or stage in stages:
@@ -163,6 +180,15 @@ def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
         return this
 
 
+def _check_agreement(config: RunConfig) -> None:
+    """Raise `ConfigError` or `DataError` unless teachers and student can be asked about the same inputs."""
+    match config.source:
+        case TextSource():
+            check_vocabularies(config)
+        case ImagesSource():
+            check_denoisers(config, buckets_of(config.source))
+
+
 def _inputs(run: Run, asked: bool) -> None:
     run.inputs = build_inputs(run.config, run.caches, connect=partial(connect, run.config))
 
@@ -170,10 +196,13 @@ def _inputs(run: Run, asked: bool) -> None:
 def _signals(run: Run, asked: bool) -> None:
     inputs, manifest = run.inputs
     ray = partial(connect, run.config)
-    run.signals = {
+    signals = {
         teacher.name: build_signal(run.config, teacher, inputs, manifest, run.caches, connect=ray)
         for teacher in run.config.teachers
     }
+    if run.has_average:
+        signals[AVERAGE] = build_average(run.config, manifest, signals, run.caches, connect=ray)
+    run.signals = signals
 
 
 def _verify(run: Run, asked: bool) -> None:
@@ -297,13 +326,11 @@ def _key(*parts: JsonValue) -> str:
 
 def _checklist(run: Run, asked: bool) -> None:
     if asked:
-        print(
-            "checklist: language models have no checklist; the comparison in metrics.json is their result", flush=True
-        )
+        print("checklist: this kind of model has none; its result is the comparison in metrics.json", flush=True)
 
 
 def _export(run: Run, asked: bool) -> None:
-    weights = run.handed_over("phases")
+    weights = run.handed_over("phases", kind=run.config.export.weights)
     if not run.store.exists("metrics.json"):
         raise ConfigError(f"{run.store.uri}/metrics.json is not there; run the stage `evaluate` first")
     key = _key(run.stages.get("evaluate", {}).get("key"), weights)

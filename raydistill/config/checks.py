@@ -44,6 +44,7 @@ def problems(config: RunConfig) -> list[str]:
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
         *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
         *_resources(config),
+        *_export(config),
     ]
 
 
@@ -174,6 +175,11 @@ def _signal(recipe: LmLogitsRecipe, teacher: TopKLogitsTeacher, at: str) -> Iter
             yield f"{at}.{key}: the sampled signal of {who} wants {wanted or 'null'}, found {found}."
     if recipe.temperature != 1.0 and not exact:
         yield f"{at}.temperature_mode: the sampled signal of {who} wants exact at T = {recipe.temperature:g}."
+
+
+def _export(config: RunConfig) -> Iterator[str]:
+    if config.export.weights == "ema" and config.phases[-1].ema is None:
+        yield "export.weights: ema needs an average, and the last phase keeps none; give it ema: {decay: …}."
 
 
 def _resources(config: RunConfig) -> Iterator[str]:
