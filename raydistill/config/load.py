@@ -6,10 +6,13 @@ its dotted key, what was wanted, what was found, and the file and line where it 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,6 +45,23 @@ OVERRIDE = re.compile(r"^[A-Za-z_][\w.\[\]-]*=")
 
 Origins = dict[Path, str]
 """Where the value at each path was set: a file and line, or the command line."""
+S = TypeVar("S", bound=Config)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A configuration that is read but not yet validated, so that values can still be set, any number of times."""
+
+    tree: dict[str, Node]
+    origins: Origins
+
+    def config(self, settings: Mapping[str, JsonValue] | None = None, *, where: str = "settings") -> RunConfig:
+        """The configuration with `{"a.0.b": value}` on top; `ConfigError` names every problem, with `where` as the
+        place that set these values."""
+        tree, origins = copy.deepcopy(self.tree), dict(self.origins)
+        for key, value in (settings or {}).items():
+            _set(tree, origins, key, value, where)
+        return validated(tree, origins)
 
 
 def load_config(
@@ -53,6 +73,11 @@ def load_config(
 
     `ConfigError` names every problem. Imports neither torch nor ray and reads no file but the given ones.
     """
+    return read_draft(files, overrides).config(settings)
+
+
+def read_draft(files: Sequence[str | FilePath], overrides: Sequence[str] = ()) -> Draft:
+    """What stands in `files` and the overrides; `ConfigError` when it cannot be read or set."""
     origins: Origins = {}
     tree = _merge_files([FilePath(f) for f in files], origins)
     problems: list[str] = []
@@ -62,25 +87,35 @@ def load_config(
             _set(tree, origins, key, value, "command line")
         except ConfigError as error:
             problems.append(str(error))
-    for key, value in (settings or {}).items():
-        _set(tree, origins, key, value, "settings")
     _raise(problems)
-    return validated(tree, origins)
+    return Draft(tree, origins)
+
+
+def read_section(file: str | FilePath, schema: type[S]) -> tuple[S, Origins]:
+    """The section in a file of its own, whose dotted keys are names and not paths, and where its values stand."""
+    data, lines = read_yaml(FilePath(file))
+    origins = {path: f"{file}, line {line}" for path, line in lines.items() if path}
+    return _accepted(data, schema, origins, {}), origins
 
 
 def validated(tree: dict[str, Node], origins: Origins) -> RunConfig:
     """The tree with its interpolations resolved, as a `RunConfig`; `ConfigError` lists all problems."""
     _fill_interpolated_defaults(tree, RunConfig)
     copies = dict(_copies(tree, ()))
-    data = _resolve(expand(tree, RunConfig), origins)
-    problems = dict(_walk(data, RunConfig, (), origins))
+    return _accepted(_resolve(expand(tree, RunConfig), origins), RunConfig, origins, copies)
+
+
+def _accepted(data: dict[str, Node], schema: type[S], origins: Origins, copies: Mapping[Path, Path]) -> S:
+    """The data as a section of `schema`; `ConfigError` lists all problems."""
+    problems = dict(_walk(data, schema, schema, (), origins))
     try:
-        config = RunConfig.model_validate(data)
+        config = schema.model_validate(data)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            for path, text in _explain(detail, data, origins):
+            for path, text in _explain(detail, data, schema, origins):
                 problems.setdefault(path, text)
-        _raise([problems[path] for path in sorted(problems, key=_order) if not _is_copy(path, problems, copies)])
+        shown = sorted(problems, key=lambda path: _order(path, schema))
+        _raise([problems[path] for path in shown if not _is_copy(path, problems, copies)])
         raise
     _raise(list(problems.values()))
     return config
@@ -189,7 +224,9 @@ def _interpolation_problem(text: str, path: Path, tree: dict[str, Node], origins
     return None
 
 
-def _walk(node: Node, annotation: Annotation, path: Path, origins: Origins) -> Iterator[tuple[Path, str]]:
+def _walk(
+    node: Node, annotation: Annotation, schema: type[Config], path: Path, origins: Origins
+) -> Iterator[tuple[Path, str]]:
     """Problems that the schema's validation would word badly: unknown keys and sections, truth values as numbers.
 
     Writes the default discriminator into maps that leave it out.
@@ -209,13 +246,13 @@ def _walk(node: Node, annotation: Annotation, path: Path, origins: Origins) -> I
             )
             return
         for key in [k for k in node if section is not None and k not in section.model_fields]:
-            yield (*path, key), _unknown_key(key, node, annotation, path, origins)
+            yield (*path, key), _unknown_key(key, node, annotation, schema, path, origins)
     elif isinstance(node, bool):
         kinds = options(annotation)
         if bool not in kinds and (int in kinds or float in kinds) and not is_free_map(annotation):
             yield path, f"{_at(path, origins)}: wanted {wanted(annotation)}, found {described(node)}."
     for key, item in _items(node):
-        yield from _walk(item, child(annotation, node, key)[0], (*path, key), origins)
+        yield from _walk(item, child(annotation, node, key)[0], schema, (*path, key), origins)
 
 
 def _items(node: Node) -> Iterator[tuple[str, Node]]:
@@ -226,12 +263,14 @@ def _items(node: Node) -> Iterator[tuple[str, Node]]:
         yield from ((str(index), item) for index, item in enumerate(node))
 
 
-def _unknown_key(key: str, node: dict[str, Node], annotation: Annotation, path: Path, origins: Origins) -> str:
+def _unknown_key(
+    key: str, node: dict[str, Node], annotation: Annotation, schema: type[Config], path: Path, origins: Origins
+) -> str:
     keys = keys_at(annotation, node)
     close, near = (difflib.get_close_matches(key, keys, n=1, cutoff=cutoff) for cutoff in (0.75, 0.5))
     owners = [tag for tag, section in tags(annotation).items() if key in section.model_fields]
     name = discriminator_of(annotation)
-    elsewhere = None if close else _elsewhere(key, RunConfig, ())
+    elsewhere = None if close else _elsewhere(key, schema, ())
     if owners and name:
         hint = f"; it belongs to {name}: {' | '.join(owners)}, here {name} is {node.get(name, default_tag(annotation))}"
     elif elsewhere:
@@ -259,16 +298,18 @@ def _elsewhere(key: str, annotation: Annotation, path: Path) -> str | None:
     return None
 
 
-def _explain(detail: ErrorDetails, data: Node, origins: Origins) -> Iterator[tuple[Path, str]]:
+def _explain(
+    detail: ErrorDetails, data: Node, schema: type[Config], origins: Origins
+) -> Iterator[tuple[Path, str]]:
     """One error of the schema's validation in our words: the path and the message."""
-    path, annotation, value = _locate(detail["loc"], data)
+    path, annotation, value = _locate(detail["loc"], data, schema)
     kind = detail["type"]
     if kind in ("extra_forbidden", "union_tag_invalid", "union_tag_not_found"):
         return  # `_walk` has named these
     if kind == "too_short" and value:
         return  # an echo of the problems in its elements
     if kind == "missing":
-        text = f"missing; wanted {wanted(annotation)}{_meaning(detail['loc'], data)}"
+        text = f"missing; wanted {wanted(annotation)}{_meaning(detail['loc'], data, schema)}"
         yield path, f"{_at(path, origins)}: {text}."
     elif kind == "value_error":
         for line in str(detail.get("ctx", {}).get("error", detail["msg"])).splitlines():
@@ -280,10 +321,12 @@ def _explain(detail: ErrorDetails, data: Node, origins: Origins) -> Iterator[tup
         yield path, f"{_at(path, origins)}: wanted {wanted(annotation)}, found {described(value)}{_near(near)}."
 
 
-def _locate(location: tuple[int | str, ...], data: Node) -> tuple[Path, Annotation, Node]:
+def _locate(
+    location: tuple[int | str, ...], data: Node, schema: type[Config]
+) -> tuple[Path, Annotation, Node]:
     """Path, annotation and value at an error's location, without the labels that pydantic adds for unions."""
     path: Path = ()
-    annotation: Annotation = RunConfig
+    annotation: Annotation = schema
     node: Node = data
     for key in location:
         if isinstance(node, dict) and len(tags(annotation)) > 1 and str(key) in tags(annotation):
@@ -302,9 +345,9 @@ def _locate(location: tuple[int | str, ...], data: Node) -> tuple[Path, Annotati
     return path, annotation, node
 
 
-def _meaning(location: tuple[int | str, ...], data: Node) -> str:
+def _meaning(location: tuple[int | str, ...], data: Node, schema: type[Config]) -> str:
     """`: ` and the meaning of the field at a location, for a missing key."""
-    _, parent, node = _locate(location[:-1], data)
+    _, parent, node = _locate(location[:-1], data, schema)
     section = section_at(parent, node) if isinstance(node, dict) else None
     field = section.model_fields.get(str(location[-1])) if section else None
     if field is None or not field.description:
@@ -315,6 +358,7 @@ def _meaning(location: tuple[int | str, ...], data: Node) -> str:
 def _at(path: Path, origins: Origins) -> str:
     """The dotted key, and where it or the nearest place above it was set."""
     dotted = ".".join(path) or "the configuration"
+    path = split_key(dotted)  # names in a free map may have dots
     for length in range(len(path), 0, -1):
         if origin := origins.get(path[:length]):
             return f"{dotted} ({origin})"
@@ -325,9 +369,9 @@ def _near(matches: list[str]) -> str:
     return f"; nearest: {matches[0]}" if matches else ""
 
 
-def _order(path: Path) -> tuple[tuple[int, str], ...]:
+def _order(path: Path, schema: type[Config]) -> tuple[tuple[int, str], ...]:
     """Schema order at the top, then text order with numbers by value."""
-    fields = list(RunConfig.model_fields)
+    fields = list(schema.model_fields)
     first = fields.index(path[0]) if path and path[0] in fields else len(fields)
     return ((first, ""), *((int(p), "") if p.isdigit() else (0, p) for p in path))
 
