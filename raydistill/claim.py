@@ -87,16 +87,17 @@ def _defining(config: Mapping[str, JsonValue], trained: Sequence[Trained]) -> di
             return state == "done" or (state == "begun" and not FREE_WITHIN.match(key))
         return section in ("student", "seed") or any(state != "open" for state in trained)
 
-    return {key: value for key, value in _flat("", dict(config)) if counts(key)}
+    return {key: value for key, value in flat("", dict(config)) if counts(key)}
 
 
-def _flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
+def flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
+    """The values in nested maps and lists, by dotted key below `key`."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if not children:
         yield key, value
         return
     for name, child in children:
-        yield from _flat(f"{key}.{name}" if key else str(name), child)
+        yield from flat(f"{key}.{name}" if key else str(name), child)
 
 
 def _differences(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> list[tuple[str, JsonValue, JsonValue]]:
