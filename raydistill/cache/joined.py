@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -87,8 +88,8 @@ def require_same_rows(store: Store, manifest: Manifest, inputs: Manifest) -> Non
     """Raise `CacheMismatch` unless a signal was made from these inputs and has their shards."""
     if manifest.parent != inputs.fingerprint:
         raise CacheMismatch(
-            f"{store.uri} was made from the inputs {manifest.parent}, wanted {inputs.fingerprint}. "
-            "Run --stages inputs,signals with this configuration."
+            f"{store.uri} was made from the inputs {manifest.parent}, wanted {inputs.fingerprint}"
+            f"{_differing(store, manifest, inputs)}. Run --stages inputs,signals with this configuration."
         )
     wanted = [(record.name, record.rows) for record in inputs.shards]
     found = [(record.name, record.rows) for record in manifest.shards]
@@ -98,3 +99,15 @@ def require_same_rows(store: Store, manifest: Manifest, inputs: Manifest) -> Non
             f"{store.uri} should have the shards and row counts of its inputs; these differ: {differing[:5]}. "
             "Run --stages verify, then --stages signals."
         )
+
+
+def _differing(store: Store, manifest: Manifest, inputs: Manifest) -> str:
+    """In which settings the inputs of a signal are others, where they still lie beside it."""
+    before = Store(f"{store.uri.rpartition('/')[0]}/inputs-{manifest.parent}")
+    if not before.exists(MANIFEST):
+        return ""
+    found = open_manifest(before).content
+    keys = sorted(key for key in {*found, *inputs.content} if found.get(key) != inputs.content.get(key))
+    return "; these differ: " + ", ".join(
+        f"{key} (wanted {json.dumps(inputs.content.get(key))}, found {json.dumps(found.get(key))})" for key in keys
+    )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from raydistill.cache.build import build_signal
-from raydistill.cache.dense import dense_name, row_sha, write_dense
-from raydistill.cache.ledger import Ledger
+from raydistill.cache.dense import dense_name, read_dense, row_sha, write_dense
+from raydistill.cache.ledger import MANIFEST, Ledger
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.shards import field_records, publish_record
+from raydistill.cache.signal_job import TeacherFactory
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import NoiseConfig
 from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig
@@ -132,12 +135,30 @@ class BuiltImages:
         return self.signals["t0"][0]
 
 
-def build_images(config: RunConfig, **inputs: Any) -> BuiltImages:
+def build_images(config: RunConfig, *, factory: TeacherFactory | None = None, **inputs: Any) -> BuiltImages:
     """The inputs as `write_image_inputs` makes them, and the signal of every teacher."""
     caches = Store(config.cache.dir)
     store, manifest = write_image_inputs(Path(caches.root), **inputs)
-    signals = {t.name: build_signal(config, t, store, manifest, caches, factory=toy_denoiser) for t in config.teachers}
+    make = factory or toy_denoiser
+    signals = {t.name: build_signal(config, t, store, manifest, caches, factory=make) for t in config.teachers}
     return BuiltImages(config, store, manifest, signals)
+
+
+def replace_shard(
+    store: Store, name: str, change: Callable[[dict[str, Tensor], dict[str, JsonValue]], object]
+) -> Manifest:
+    """Another shard in the place of one, with a record and a manifest that agree with it."""
+    shard = read_dense(store, name)
+    tensors, meta = {k: v.clone() for k, v in shard.tensors().items()}, copy.deepcopy(shard.meta)
+    rows = shard.rows
+    change(tensors, meta)
+    record = write_dense(store, name, tensors, meta=meta, split=str(meta["split"]), rows=rows)
+    publish_record(store, record)
+    manifest = Manifest.model_validate_json(store.read(MANIFEST))
+    shards = tuple(record if r.name == name else r for r in manifest.shards)
+    manifest = manifest.model_copy(update={"shards": shards})
+    store.publish(MANIFEST, manifest.model_dump_json(indent=1))
+    return manifest
 
 
 def model_folder(folder: Path) -> Path:
@@ -149,6 +170,23 @@ def model_folder(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     save_file({"gain": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors")
     schedule = {"_class_name": "DDPMScheduler", **SCHEDULE, "prediction_type": "epsilon"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    return folder
+
+
+def unet_folder(folder: Path) -> Path:
+    """A random SDXL-shaped denoiser of the toy inputs, saved as a pipeline's folder; it predicts velocities."""
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, sample_size=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2), norm_num_groups=4, cross_attention_dim=WIDTH, transformer_layers_per_block=1,
+        addition_embed_type="text_time", addition_time_embed_dim=4, use_linear_projection=True,
+        projection_class_embeddings_input_dim=POOLED + 6 * 4,
+    )  # fmt: skip
+    network.save_pretrained(folder / "unet")
+    (folder / "scheduler").mkdir()
+    schedule = {"_class_name": "DDPMScheduler", **SCHEDULE, "prediction_type": "v_prediction"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
     return folder
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from raydistill.config.sources import NoiseConfig
 from raydistill.config.teachers import TeacherConfig
 from raydistill.signals import Batch, Teacher
 from raydistill.teachers import build_teacher
@@ -26,6 +27,6 @@ class SlowTeacher:
         return self._teacher(batch)
 
 
-def build_slow_teacher(config: TeacherConfig, vocab_size: int) -> Teacher:
+def build_slow_teacher(config: TeacherConfig, inputs: int | NoiseConfig) -> Teacher:
     """The teacher of `config`, slowed down."""
-    return SlowTeacher(build_teacher(config, vocab_size))
+    return SlowTeacher(build_teacher(config, inputs))
