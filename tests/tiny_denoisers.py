@@ -20,13 +20,13 @@ SDXL = {
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": (16, 32),
+    "block_out_channels": (8, 16),
     "layers_per_block": 2,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "transformer_layers_per_block": (1, 2),
     "attention_head_dim": (2, 4),
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
     "cross_attention_dim": TEXT_WIDTH,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
@@ -37,7 +37,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def tiny_sdxl(seed: int = 0, **overrides: object) -> UNet2DConditionModel:
-    """A UNet in the manner of SDXL: two text widths, size conditioning; half a million parameters."""
+    """A UNet in the manner of SDXL: two text widths, size conditioning; 128 thousand parameters."""
     return _seeded(UNet2DConditionModel, seed, {**SDXL, **overrides})
 
 
@@ -125,3 +125,43 @@ def _seeded(kind: type, seed: int, settings: dict[str, object]):
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return network.eval()
+
+
+def original_names(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The tensors of a UNet as checkpoints in one file have them, by the names of Stability's own code."""
+    places = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    places |= {f"time_embedding.linear_{i + 1}": f"time_embed.{2 * i}" for i in (0, 1)}
+    places |= {f"add_embedding.linear_{i + 1}": f"label_emb.0.{2 * i}" for i in (0, 1)}
+    places |= {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
+    places |= {"mid_block.resnets.1": "middle_block.2"}
+    at = 0
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            at += 1
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{at}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{at}.1"
+        if block.downsamplers:
+            at += 1
+            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{at}.0.op"
+    at = -1
+    for i, block in enumerate(unet.up_blocks):
+        for j in range(len(block.resnets)):
+            at += 1
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{at}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{at}.1"
+        if block.upsamplers:
+            after = 2 if hasattr(block, "attentions") else 1
+            places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{at}.{after}.conv"
+    inner = {
+        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+        "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    found = {}
+    for name, tensor in unet.state_dict().items():
+        ours = next(place for place in sorted(places, key=len, reverse=True) if name.startswith(f"{place}."))
+        rest = name.removeprefix(f"{ours}.")
+        if ".resnets." in name:
+            part, _, kind = rest.partition(".")
+            rest = f"{inner[part]}.{kind}"
+        found[f"model.diffusion_model.{places[ours]}.{rest}"] = tensor
+    return found

@@ -123,10 +123,11 @@ class SharedCoreInit(Config):
 
 
 class BlocksInit(Config):
-    """Start a UNet of fewer blocks (`student.model.overrides`) from the weights of the blocks that are kept.
+    """Start a denoiser of fewer blocks (`student.model.overrides`) from the weights of the blocks that are kept.
 
-    Weights are copied by name; a block that loses layers keeps its first ones, an up block also its last, whose input
-    has the width of the skip connection. Source: Kim et al. 2023, arXiv 2305.15798.
+    Weights are copied by name. A UNet block that loses layers keeps its first ones, an up block also its last, whose
+    input has the width of the skip connection; of stages the innermost go. A transformer keeps blocks evenly spread
+    with both ends. What fits nowhere starts at random and is listed. Source: Kim et al. 2023, arXiv 2305.15798.
     """
 
     kind: Literal["blocks"]

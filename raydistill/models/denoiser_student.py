@@ -25,7 +25,6 @@ from raydistill.config.models import (
     RandomInit,
     StudentConfig,
 )
-from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.assemble import fill_network, read_weights
 from raydistill.models.blocks import copy_blocks
@@ -78,13 +77,6 @@ def build_denoiser(student: StudentConfig, *, seed: int) -> ModelMixin:
     nn.Module.to(network, torch.float32)
     _attach(network.eval(), schedule, kept)
     return network
-
-
-def process_attached(network: nn.Module) -> Process:
-    """The process that a student carries."""
-    process = getattr(network, "process", None)
-    assert isinstance(process, Process), "students come from build_student or load_student"
-    return process
 
 
 def _attach(network: ModelMixin, schedule: Mapping[str, JsonValue], kept: Mapping[str, JsonValue] | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_denoisers import (
     SCHEDULE,
     TEXT_WIDTH,
     conditioning,
+    original_names,
     save_pipeline,
     save_scheduler,
     tiny_pixart,
@@ -22,6 +24,7 @@ from tiny_denoisers import (
 
 from raydistill.config.models import DiffusersModel
 from raydistill.errors import ConfigError, DataError, SignalMismatch
+from raydistill.models import hub
 from raydistill.models.denoiser import (
     denoiser_config,
     denoiser_identity,
@@ -70,6 +73,22 @@ def test_transformers_are_found_in_their_folder(tmp_path):
     save_pipeline(tiny_sd3(), tmp_path, FlowMatchEulerDiscreteScheduler(shift=3.0), inside="transformer")
     assert _same_weights(load_denoiser(_section(tmp_path)), tiny_sd3())
     assert process_of(_section(tmp_path)).kind == "flow"
+
+
+@pytest.mark.parametrize("lacking", [None, "model.diffusion_model.out.2.weight"], ids=["whole", "damaged"])
+def test_fine_tuned_checkpoint_in_one_file_has_other_names_and_the_same_weights(pipeline, tmp_path, lacking):
+    state = {**original_names(tiny_sdxl()), "first_stage_model.decoder.conv_in.weight": torch.zeros(2)}
+    state.pop(lacking, None)
+    save_file(state, tmp_path / "fine-tuned.safetensors")
+    shutil.copy(pipeline / "unet" / "config.json", tmp_path)
+    section = _section(tmp_path / "fine-tuned.safetensors")
+    if lacking is not None:
+        with pytest.raises(DataError, match=r"wanted the tensors of UNet2DConditionModel|cannot be loaded"):
+            load_denoiser(section)
+        return
+    network = load_denoiser(section)
+    assert _same_weights(network, tiny_sdxl())
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
 def test_whole_checkpoint_of_a_model_family_is_told_what_it_lacks(tmp_path):
@@ -140,6 +159,31 @@ def test_network_with_a_condition_that_we_lack_is_refused(tmp_path):
 def test_folder_without_a_model_is_told_so(tmp_path):
     with pytest.raises(DataError, match=r"wanted a config\.json in .*, found nothing"):
         load_denoiser(_section(tmp_path))
+
+
+def test_of_a_hub_pipeline_only_the_denoiser_and_its_scheduler_are_fetched(pipeline, tmp_path, monkeypatch):
+    names = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "unet/config.json"]
+    names += [f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin"]
+    names += ["scheduler/scheduler_config.json"]
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    fetched = set()
+
+    def snapshot(repo, *, revision, allow_patterns):
+        for name in set(allow_patterns) - {"model_index.json"}:
+            fetched.add(name)
+            (tmp_path / "abc" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pipeline / name, tmp_path / "abc" / name)
+        return str(tmp_path / "abc")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    section = _section("team/fine-tuned")
+    assert process_of(section).prediction_type == "epsilon"
+    identity = denoiser_identity(section)
+    assert f"unet/{WEIGHTS}" not in fetched  # a fingerprint costs no download
+    assert (identity["hub"], identity["commit"], identity["subfolder"]) == ("team/fine-tuned", "abc", "unet")
+    assert _same_weights(load_denoiser(section), tiny_sdxl())
+    assert fetched == {"unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json"}
 
 
 # --- scheduler

@@ -31,7 +31,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from raydistill.config.models import BlocksInit, CheckpointInit, DiffusersModel, RandomInit, StudentConfig
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.denoiser import load_denoiser, predict, process_of
-from raydistill.models.denoiser_student import process_attached
 from raydistill.models.student import build_student, export_student, load_student, save_student
 
 SMALLER = {"layers_per_block": 1}
@@ -65,7 +64,7 @@ def _prediction(network):
 def test_pretrained_student_is_the_model_itself_with_its_schedule(pipeline):
     student = build_student(_student(pipeline), seed=0)
     assert _same_weights(student, tiny_sdxl())
-    assert process_attached(student).prediction_type == "v_prediction"
+    assert student.process.prediction_type == "v_prediction"
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert not student.training
 
@@ -86,7 +85,7 @@ def test_random_student_needs_no_weights_but_a_scheduler(pipeline, tmp_path):
     with pytest.raises(ConfigError, match=r"wanted the configuration of its scheduler.*model\.scheduler"):
         build_student(_student(tmp_path, init=init), seed=0)
     student = build_student(_student(tmp_path, init=init, scheduler=str(pipeline)), seed=0)
-    assert process_attached(student).prediction_type == "v_prediction"
+    assert student.process.prediction_type == "v_prediction"
 
 
 def test_overrides_that_make_no_network_are_named(pipeline):
@@ -109,7 +108,7 @@ def test_checkpoint_gives_other_weights_to_the_architecture(pipeline, tmp_path, 
     init = CheckpointInit(kind="checkpoint", path=str(path))
     student = build_student(_student(pipeline, init=init), seed=0)
     assert _same_weights(student, other)
-    assert process_attached(student).prediction_type == "v_prediction"  # that of student.model
+    assert student.process.prediction_type == "v_prediction"  # that of student.model
 
 
 def test_checkpoint_of_another_architecture_is_refused(pipeline, tmp_path):
@@ -117,7 +116,7 @@ def test_checkpoint_of_another_architecture_is_refused(pipeline, tmp_path):
     init = CheckpointInit(kind="checkpoint", path=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match=r"other settings .*layers_per_block \(wanted 2, found 1\)"):
         build_student(_student(pipeline, init=init), seed=0)
-    save_file({"conv_in.bias": torch.zeros(16)}, tmp_path / "one.safetensors")
+    save_file({"conv_in.bias": torch.zeros(8)}, tmp_path / "one.safetensors")
     init = CheckpointInit(kind="checkpoint", path=str(tmp_path / "one.safetensors"))
     with pytest.raises(ConfigError, match=r"missing: conv_in\.weight.* student\.model\.source is "):
         build_student(_student(pipeline, init=init), seed=0)
@@ -211,7 +210,7 @@ def test_tensors_that_fit_nowhere_are_listed_and_seeded(tmp_path):
 
 def test_widths_are_not_pruned_by_leaving_out_blocks(pipeline):
     with pytest.raises(ConfigError, match=r"Change numbers of blocks and layers, not widths"):
-        _blocks(pipeline, block_out_channels=[8, 16])
+        _blocks(pipeline, block_out_channels=[4, 8])
 
 
 def test_more_layers_than_there_are_cannot_be_kept(pipeline):
@@ -226,7 +225,7 @@ def test_transformer_keeps_blocks_with_both_ends(tmp_path):
     for name in (n for n in state if n.startswith("transformer_blocks.1.")):
         assert torch.equal(state[name], larger[name.replace("blocks.1.", "blocks.3.")])
     assert student.kept["new"] == []
-    assert process_attached(student).kind == "flow"
+    assert student.process.kind == "flow"
 
 
 # --- folders
@@ -245,7 +244,7 @@ def test_a_saved_student_comes_back_bit_for_bit(tmp_path, make):
     again = load_student(tmp_path / "init")
     assert _same_weights(again, student)
     assert torch.equal(_prediction(again), _prediction(network))
-    assert process_attached(again).differs(process_of(_student(source).model)) is None
+    assert again.process.differs(process_of(_student(source).model)) is None
     assert json.loads((tmp_path / "init" / "student.json").read_text())["kind"] == "denoiser"
     assert str(tmp_path) not in (tmp_path / "init" / "config.json").read_text()
 

@@ -125,7 +125,7 @@ def test_taps_keep_what_modules_put_out_in_the_conditional_pass():
     check_batch(signal, teacher.schema, where="here")
     assert teacher.schema["tap.mid"].dims == ("mid.channel", "mid.height", "mid.width")
     facts = teacher.facts["taps"]
-    assert facts["mid"] == {"module": "mid_block", "shape": [32, 4, 4]}
+    assert facts["mid"] == {"module": "mid_block", "shape": [16, 4, 4]}
     assert [len(facts[name]["shape"]) for name in ("tokens", "time")] == [2, 1]
     assert facts["mid"]["shape"] == list(signal["tap.mid"].shape[1:])
 
