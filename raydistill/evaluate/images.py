@@ -77,7 +77,7 @@ def evaluate_images(job: EvaluateJob) -> Evaluation:
         line = lines.setdefault(model.who, {})
         if not model.who.startswith("teacher/"):
             line |= evaluate_denoiser(model.network, rows)
-        line |= {**model_size(model.network), **_costs(model, rows)}
+        line |= {**model_size(model.network), **forward_costs(model, rows)}
         if model.who.startswith("teacher/") or model.who in WITH_PICTURES:
             line |= gallery.add(model.who, model.network, model.process, model.guidance_scale)
         del model
@@ -119,7 +119,7 @@ def _models(job: EvaluateJob) -> Iterator[Measured]:
 
 
 @torch.no_grad()
-def _costs(model: Measured, rows: HeldOutDraws) -> Line:
+def forward_costs(model: Measured, rows: HeldOutDraws) -> Line:
     """Forward passes per second on held-out draws, and the memory of one."""
     place = next(model.network.parameters()).device
     batches = [rows.read(part, place) for part in rows.batches()[:SPEED_BATCHES]]
