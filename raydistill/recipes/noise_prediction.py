@@ -19,7 +19,8 @@ from raydistill.config.sources import NoiseConfig
 from raydistill.diffusion.process import PredictionType, Process
 from raydistill.errors import ConfigError
 from raydistill.losses.regression import distance, timestep_weight
-from raydistill.models.denoiser import predict, shapes_of
+from raydistill.models.denoiser import predict, with_one_sample
+from raydistill.models.denoiser_agreement import require_convertible
 from raydistill.models.taps import Taps, adapter, feature_shapes
 from raydistill.recipes.base import Loss, Part, Recipe, TeacherView
 from raydistill.signals import Batch, Draws, JsonValue
@@ -67,7 +68,7 @@ class NoisePrediction(Recipe[NoisePredictionRecipe]):
         check_teachers(config, self._process, list(read.values()))
         self._noise = _noise(list(read.values()), noise)
         self._common: PredictionType = self._noise.prediction_type
-        self._require_convertible()
+        require_convertible(self._process, self._noise, where="recipe noise_prediction: the student")
         self._weight = timestep_weight(
             config.timestep_weighting,
             self._process.alphas,
@@ -167,16 +168,6 @@ class NoisePrediction(Recipe[NoisePredictionRecipe]):
                     where = dropped.to(latents.device).view(-1, *(1,) * (batch[name].ndim - 1))
                     drawn[name] = torch.where(where, batch[empty], batch[name])
         return drawn
-
-    def _require_convertible(self) -> None:
-        own = self._process.prediction_type
-        at = self._process.undefined(own, self._noise.timesteps)
-        if own != self._common and at is not None:
-            raise ConfigError(
-                f"recipe noise_prediction wants predictions of {self._common} of the student, found one that predicts "
-                f"{own}, which says nothing about them at timestep {at} of its noise schedule; end "
-                f"source.noise.timesteps before it, or set source.noise.prediction_type: {own}"
-            )
 
 
 class WithAdapters(nn.Module):
@@ -287,7 +278,7 @@ def _adapters(student: nn.Module, rules: Sequence[TapRule], teachers: Sequence[T
         )
     if not rules:
         return nn.ModuleDict()
-    shapes = feature_shapes(student, {_label(r): r.student for r in rules}, _with_one_sample, where="recipe.taps")
+    shapes = feature_shapes(student, {_label(r): r.student for r in rules}, with_one_sample, where="recipe.taps")
     adapters = nn.ModuleDict()
     for index, (rule, teacher) in enumerate(zip(rules, teachers, strict=True)):
         wanted = _shape(teacher, rule.tap)
@@ -304,17 +295,3 @@ def _shape(teacher: TeacherView, tap: str) -> tuple[int, ...]:
     shape = known["shape"]
     assert isinstance(shape, list | tuple), "a tap's facts have its shape for one sample"
     return tuple(int(str(side)) for side in shape)
-
-
-def _with_one_sample(student: nn.Module) -> Tensor:
-    """A forward pass of the student, whose weights are on the meta device, with one sample of its usual size."""
-    shapes = shapes_of(student)
-    size = getattr(getattr(student, "config", None), "sample_size", None) or 8 * shapes.multiple
-    height, width = (size, size) if isinstance(size, int) else size
-    batch = {"time_ids": torch.zeros(1, 6, device="meta")}
-    if shapes.text_width:
-        batch["prompt_embeds"] = torch.zeros(1, 1, shapes.text_width, device="meta")
-    if shapes.pooled_width:
-        batch["pooled"] = torch.zeros(1, shapes.pooled_width, device="meta")
-    x_t = torch.zeros(1, shapes.latent_channels, height, width, device="meta")
-    return predict(student, x_t, torch.zeros(1, device="meta"), batch)

@@ -22,12 +22,11 @@ from raydistill.config.models import DiffusersModel
 from raydistill.config.sources import ImagesSource, TextSource
 from raydistill.errors import ConfigError
 from raydistill.models.assemble import own_state
-from raydistill.models.denoiser import shape_facts
 from raydistill.models.student import load_student
 from raydistill.recipes import make_recipe
 from raydistill.recipes.base import Recipe, TeacherView
 from raydistill.recipes.noise_prediction import AVERAGE
-from raydistill.signals import Draws, JsonValue
+from raydistill.signals import Draws
 from raydistill.storage import Store, local_folder
 from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.ema import Ema
@@ -140,7 +139,6 @@ def prepare(job: PhaseJob, device: torch.device) -> Prepared:
     take_over(job.weights, recipe)
     stores = {name: Store(uri) for name, uri in job.signals.items()}
     dataset = open_dataset(job.config, Store(job.inputs), stores, split="train", fields=recipe.reads)
-    require_fitting_inputs(job, student, dataset.inputs_manifest.facts)
     order = Order(
         dataset.shard_rows,
         seed=job.config.seed,
@@ -232,19 +230,6 @@ def make_validator(job: PhaseJob) -> Validator:
             from raydistill.evaluate import denoiser
 
             return denoiser.make_validator(job.config, inputs=job.inputs, signals=job.signals, max_rows=rows)
-
-
-def require_fitting_inputs(job: PhaseJob, student: nn.Module, facts: Mapping[str, JsonValue]) -> None:
-    """`ConfigError` unless a denoiser takes latents and texts of the widths that the inputs have."""
-    if not isinstance(job.config.student.model, DiffusersModel):
-        return
-    for key, wanted in shape_facts(student).items():
-        if wanted and wanted != facts.get(key):  # 0: the student hears of no text
-            remedy = "source.vae" if key == "latent_channels" else "source.text_encoders"
-            raise ConfigError(
-                f"the student wants inputs with {key} {wanted}, found {facts.get(key)} in {job.inputs}; change "
-                f"{remedy}, or take a student.model of {key} {facts.get(key)}."
-            )
 
 
 def recompute_activations(student: nn.Module) -> None:
