@@ -6,7 +6,7 @@ mask, and their states at padded places are 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,7 +59,11 @@ def text_facts(encoders: Sequence[TextEncoderConfig]) -> TextFacts:
     Raises `ConfigError` for a layer, a length or a pooling that an encoder does not have, and for encoders of different
     lengths, which cannot stand side by side; `DataError` for files that are missing.
     """
-    each = [_facts(encoder, index) for index, encoder in enumerate(encoders)]
+    each = [_open(encoder, index).facts for index, encoder in enumerate(encoders)]
+    return _together(encoders, each)
+
+
+def _together(encoders: Sequence[TextEncoderConfig], each: Sequence[TextFacts]) -> TextFacts:
     if not each:
         return TextFacts()
     for index, facts in enumerate(each):
@@ -75,11 +79,10 @@ def text_facts(encoders: Sequence[TextEncoderConfig]) -> TextFacts:
 def text_identity(encoder: TextEncoderConfig) -> dict[str, JsonValue]:
     """What decides an encoder's embeddings, for fingerprints: weights, architecture, tokenizer and every setting."""
     settings = encoder.model_dump(mode="json", exclude={"source", "subfolder", "revision"})
-    part = _part(encoder, weights=False)
-    tokenizer = _tokenizer(encoder, part)
-    padded = tokenizer("", padding="max_length", max_length=4, truncation=True)["input_ids"]
-    read: dict[str, JsonValue] = {"tokenizer": tokenizer_identity(tokenizer), "of_nothing": list(padded)}
-    return {**settings, **read, "tokens": _facts(encoder, 0).tokens, **part.identity()}
+    opened = _open(encoder, 0)
+    padded = opened.tokenizer("", padding="max_length", max_length=4, truncation=True)["input_ids"]
+    read: dict[str, JsonValue] = {"tokenizer": tokenizer_identity(opened.tokenizer), "of_nothing": list(padded)}
+    return {**settings, **read, "tokens": opened.facts.tokens, **opened.part.identity()}
 
 
 class TextEncoders:
@@ -87,8 +90,9 @@ class TextEncoders:
 
     def __init__(self, encoders: Sequence[TextEncoderConfig], device: str = "cpu"):
         """Raises as `text_facts`, and `DataError` for weights that are missing, unreadable or incomplete."""
-        self.facts = text_facts(encoders)
-        self._encoders = [_Encoder(config, facts_of, device) for config, facts_of in _with_facts(encoders)]
+        opened = [_open(encoder, index, weights=True) for index, encoder in enumerate(encoders)]
+        self.facts = _together(encoders, [one.facts for one in opened])
+        self._encoders = [_Encoder(one, device) for one in opened]
 
     def __call__(self, captions: Sequence[str], *, batch: int) -> tuple[Tensor, Tensor]:
         """fp32 embeddings [captions, tokens, width] and pooled ones [captions, pooled width], on the CPU.
@@ -104,31 +108,25 @@ class TextEncoders:
         return torch.cat(embeds), torch.cat(pooled)
 
 
-def _with_facts(encoders: Sequence[TextEncoderConfig]) -> Iterator[tuple[TextEncoderConfig, TextFacts]]:
-    for index, encoder in enumerate(encoders):
-        yield encoder, _facts(encoder, index)
-
-
 class _Encoder:
-    def __init__(self, config: TextEncoderConfig, facts: TextFacts, device: str):
-        self._config, self._facts = config, facts
-        part = _part(config, weights=True)
-        self._tokenizer = _tokenizer(config, part)
-        self._network = nn.Module.to(_load(config, part), device)
+    def __init__(self, opened: _Opened, device: str):
+        self._opened = opened
+        self._network = nn.Module.to(_load(opened), device)
         self._is_clip = isinstance(self._network, CLIPTextModel | CLIPTextModelWithProjection)
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        read = self._tokenizer(
-            captions, padding="max_length", max_length=self._facts.tokens, truncation=True, return_tensors="pt"
+        opened = self._opened
+        read = opened.tokenizer(
+            captions, padding="max_length", max_length=opened.facts.tokens, truncation=True, return_tensors="pt"
         )
         ids = read["input_ids"].to(self._network.device)
         mask = None if self._is_clip else read["attention_mask"].to(self._network.device)
         found = self._network(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        last, layer = found.last_hidden_state, self._config.layer
+        last, layer = found.last_hidden_state, opened.encoder.layer
         states = last if layer == -1 else found.hidden_states[layer]  # the last one with the encoder's final norm
         keep = torch.ones_like(ids) if mask is None else mask
-        match self._config.pooled:
+        match opened.encoder.pooled:
             case "projection":
                 pooled = found.text_embeds
             case "mean":
@@ -139,11 +137,27 @@ class _Encoder:
         return (states * keep[..., None]).float().cpu(), pooled.float().cpu()
 
 
-def _facts(encoder: TextEncoderConfig, index: int) -> TextFacts:
-    """What one encoder gives. Reads its config.json and, for the length, its tokenizer."""
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An encoder whose files are found, before its weights are read."""
+
+    encoder: TextEncoderConfig
+    part: Part
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    facts: TextFacts
+
+
+def _open(encoder: TextEncoderConfig, index: int, *, weights: bool = False) -> _Opened:
+    part = _part(encoder, weights=weights)
+    config, tokenizer = _text_config(part), _tokenizer(encoder, part)
+    return _Opened(encoder, part, config, tokenizer, _facts(encoder, index, part, config, tokenizer))
+
+
+def _facts(
+    encoder: TextEncoderConfig, index: int, part: Part, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> TextFacts:
     at = f"source.text_encoders.{index}"
-    part = _part(encoder, weights=False)
-    config = _text_config(part)
     layers = int(config.num_hidden_layers)
     if not -(layers + 1) <= encoder.layer <= -1:
         raise ConfigError(
@@ -158,14 +172,14 @@ def _facts(encoder: TextEncoderConfig, index: int) -> TextFacts:
         )
     width = int(config.hidden_size)
     pooled = {"projection": getattr(config, "projection_dim", 0), "mean": width, "none": 0}[encoder.pooled]
-    return TextFacts(width, int(pooled), _length(encoder, part, config, at))
+    return TextFacts(width, int(pooled), _length(encoder, config, tokenizer, at))
 
 
-def _length(encoder: TextEncoderConfig, part: Part, config: PreTrainedConfig, at: str) -> int:
+def _length(encoder: TextEncoderConfig, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, at: str) -> int:
     places = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
     if config.model_type in ("t5", "mt5", "umt5"):
         places = NO_LIMIT  # relative positions
-    limit = min(int(_tokenizer(encoder, part).model_max_length), places)
+    limit = min(int(tokenizer.model_max_length), places)
     if encoder.max_tokens is None and limit >= NO_LIMIT:
         raise ConfigError(f"{at}.max_tokens: the tokenizer of {encoder.source} states no limit; set max_tokens.")
     if encoder.max_tokens is not None and encoder.max_tokens > places:
@@ -206,9 +220,9 @@ def _text_config(part: Part) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(part.folder, trust_remote_code=False, local_files_only=True)
 
 
-def _load(encoder: TextEncoderConfig, part: Part) -> PreTrainedModel:
+def _load(opened: _Opened) -> PreTrainedModel:
     """The encoder with its weights. A pooler, which is not used, may be missing."""
-    config = _text_config(part)
+    encoder, part, config = opened.encoder, opened.part, opened.config
     kind: type[Any]
     if config.model_type in CLIP_TYPES:
         with_projection = encoder.pooled == "projection" or "Projection" in str(part.config.get("architectures"))
