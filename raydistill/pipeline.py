@@ -229,7 +229,8 @@ def _train(run: Run, asked: bool) -> None:
         for index, (phase, folder) in enumerate(run.phases(group)):
             weights = run.handed_over(group, index - 1, kind=phase.start_from) if index else None
             result = train_phase(_phase_job(run, phase, folder, weights))
-            print(f"{folder}: {result.steps:,} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s", flush=True)
+            tokens = f"{result.tokens:,} tokens, " if result.tokens else ""
+            print(f"{folder}: {result.steps:,} steps, {tokens}{result.seconds:,.0f} s", flush=True)
 
 
 def _phase_job(run: Run, phase: PhaseConfig, folder: str, weights: str | None) -> PhaseJob:
