@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from raydistill.cache.average import AVERAGE
 from raydistill.cache.dense_read import DenseDataset
 from raydistill.cache.read import open_manifest
 from raydistill.config.schema import RunConfig
@@ -35,8 +36,6 @@ TAUGHT = Quality("mse_to_teacher")
 """Ranks denoisers that have teachers. No student gets below the weighted variance of the teachers."""
 ALONE = Quality("mse_to_noise")
 """Ranks denoisers without any."""
-AVERAGE = "average"
-"""Name of the derived cache that stands for all teachers (`cache.store: average`)."""
 
 
 class Draws(Protocol):
@@ -160,10 +159,11 @@ def open_held_out_draws(
     """The held-out draws of a run; `inputs` and `signals` are URIs of finished caches.
 
     Of the draws in a cache at most `evaluate.images.draws_per_row` are used for an image, spread over its strata of
-    timesteps; where there is no cache of predictions, as many are drawn. Raises `DataError` when no row is held out.
+    timesteps; where there is no cache of predictions, as many are drawn. The teachers' average, where it is among the
+    signals, stands for all of them. Raises `DataError` when no row is held out.
     """
-    own = [t for t in config.teachers if t.name in signals]
-    averaged = not own and AVERAGE in signals
+    averaged = AVERAGE in signals
+    own = [t for t in config.teachers if t.name in signals and not averaged]
     total = sum(t.weight for t in own)
     teachers = tuple(
         TeacherView(t.name, t.weight / total if total else 0.0, open_manifest(Store(signals[t.name])).facts)

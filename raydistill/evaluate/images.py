@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from raydistill.cache.average import AVERAGE
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.read import open_manifest
 from raydistill.config.schema import RunConfig
@@ -68,7 +69,8 @@ def check_images(config: RunConfig) -> None:
 def evaluate_images(job: EvaluateJob) -> Evaluation:
     """Measure teachers and students; one model is in memory at a time."""
     config = job.config
-    rows = open_held_out_draws(config, inputs=job.inputs, signals=job.signals)
+    each = {name: uri for name, uri in job.signals.items() if name != AVERAGE}
+    rows = open_held_out_draws(config, inputs=job.inputs, signals=each or job.signals)
     gallery = open_gallery(config, inputs=job.inputs, device=device())
     gallery.add_held_out()
     lines = _cached_lines(rows)

@@ -7,7 +7,7 @@ import math
 from raydistill.cache.manifest import Manifest
 from raydistill.config.base import Config
 from raydistill.config.schema import RunConfig
-from raydistill.config.teachers import TeacherConfig
+from raydistill.config.teachers import TopKLogitsTeacher
 from raydistill.config.training import PhaseConfig
 from raydistill.errors import RaydistillError
 from raydistill.models.counts import Counts, count, empty_student
@@ -146,22 +146,26 @@ class Plan(Config):
     """What could not be known, and why."""
 
 
-def plan(config: RunConfig) -> Plan:
+def plan_text(config: RunConfig) -> Plan:
     """The cost of `config`, whose paths are resolved. Runs nothing; what cannot be known is None and in `missing`."""
     missing: list[str] = []
     accelerator = ACCELERATORS[config.plan.accelerator]
     rate = accelerator.flops * config.plan.utilisation
     inputs, manifest = plan_inputs(config, missing)
-    length = min(config.source.seq_len, inputs.tokens / max(inputs.rows, 1)) if inputs else float(config.source.seq_len)
-    teachers = tuple(_teacher(t, config, inputs, manifest, length, rate, missing) for t in config.teachers)
+    length = min(config.text.seq_len, inputs.tokens / max(inputs.rows, 1)) if inputs else float(config.text.seq_len)
+    teachers = tuple(
+        _teacher(t, config, inputs, manifest, length, rate, missing)
+        for t in config.teachers
+        if isinstance(t, TopKLogitsTeacher)
+    )
     workers = config.resources.train.workers
     fewest = max(1, workers if isinstance(workers, int) else workers[0])
     student = _student(config, missing)
     read = _bytes_read(inputs, teachers, config)
     phases = tuple(_phase(p, config, inputs, student, length, rate, fewest, read) for p in config.phases)
-    training = _sum([p.hours for p in phases])
+    training = total_of([p.hours for p in phases])
     baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
-    hours = _sum([*(t.hours for t in teachers), training, baseline])
+    hours = total_of([*(t.hours for t in teachers), training, baseline])
     price = config.plan.price_per_hour
     return Plan(
         name=config.name,
@@ -184,13 +188,14 @@ def plan(config: RunConfig) -> Plan:
     )
 
 
-def _sum(values: list[float | None]) -> float | None:
+def total_of(values: list[float | None]) -> float | None:
+    """Their sum, None when one of them is not known."""
     known = [v for v in values if v is not None]
     return sum(known) if len(known) == len(values) else None
 
 
 def _teacher(
-    teacher: TeacherConfig, config: RunConfig, inputs: InputsPlan | None, manifest: Manifest | None, length: float,
+    teacher: TopKLogitsTeacher, config: RunConfig, inputs: InputsPlan | None, manifest: Manifest | None, length: float,
     rate: float, missing: list[str],
 ) -> TeacherPlan:  # fmt: skip
     try:
@@ -232,7 +237,7 @@ def _phase(
 ) -> PhasePlan:  # fmt: skip
     steps, tokens = phase.steps, None
     if phase.steps is not None:
-        per_row = inputs.train_tokens / max(inputs.train_rows, 1) if inputs else config.source.seq_len
+        per_row = inputs.train_tokens / max(inputs.train_rows, 1) if inputs else config.text.seq_len
         tokens = phase.steps * phase.batch.global_size * per_row
     elif inputs is not None and phase.epochs is not None:
         tokens = phase.epochs * inputs.train_tokens
@@ -297,7 +302,7 @@ def memory_of(parameters: int, trained: int, phase: PhaseConfig, workers: int) -
 def _bytes_read(inputs: InputsPlan | None, teachers: tuple[TeacherPlan, ...], config: RunConfig) -> float | None:
     """Bytes that a student reads per token, of the inputs and of every teacher in use."""
     signals = [t.cache.bytes_per_token if t.cache else None for t in teachers]
-    total = _sum(signals)
+    total = total_of(signals)
     if inputs is None or total is None:
         return None
     return inputs.bytes_per_token + total * inputs.targets / max(inputs.tokens, 1)
@@ -306,9 +311,9 @@ def _bytes_read(inputs: InputsPlan | None, teachers: tuple[TeacherPlan, ...], co
 def _break_even(
     config: RunConfig, inputs: InputsPlan | None, teachers: tuple[TeacherPlan, ...], phases: tuple[PhasePlan, ...]
 ) -> BreakEven | None:
-    teacher = _sum([t.flops_per_token for t in teachers])
+    teacher = total_of([t.flops_per_token for t in teachers])
     used = [p for p, c in zip(phases, config.phases, strict=True) if c.recipe.uses_teacher]
-    tokens, flops = _sum([p.tokens for p in used]), _sum([p.flops for p in used])
+    tokens, flops = total_of([p.tokens for p in used]), total_of([p.flops for p in used])
     if inputs is None or teacher is None or not tokens or not flops:
         return None
     return break_even(

@@ -17,7 +17,7 @@ from raydistill.cache.manifest import Manifest, fingerprint_of
 from raydistill.config.base import Config
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import TextSource
-from raydistill.config.teachers import HeadTailSample, TeacherConfig
+from raydistill.config.teachers import HeadTailSample, TopKLogitsTeacher
 from raydistill.errors import RaydistillError
 from raydistill.signals import JsonValue
 from raydistill.sources.files import DataFile, find_files
@@ -86,9 +86,9 @@ class CachePlan(Config):
 def plan_inputs(config: RunConfig, missing: list[str]) -> tuple[InputsPlan | None, Manifest | None]:
     """Rows and tokens; reasons why a number cannot be had are added to `missing`."""
     manifest = None
-    if _has_inputs(config):  # otherwise the files need not be hashed, which can take long
+    if has_inputs(config):  # otherwise the files need not be hashed, which can take long
         try:
-            manifest = _manifest(config, "inputs", inputs_content(config))
+            manifest = finished_manifest(config, "inputs", inputs_content(config))
         except RaydistillError as error:
             missing.append(f"whether the inputs cache is there: {error}")
     if manifest is not None:
@@ -100,14 +100,15 @@ def plan_inputs(config: RunConfig, missing: list[str]) -> tuple[InputsPlan | Non
         return None, None
 
 
-def _has_inputs(config: RunConfig) -> bool:
+def has_inputs(config: RunConfig) -> bool:
     """Whether the cache folder holds any inputs."""
     caches = Store(config.cache.dir)
     infos = caches.filesystem.get_file_info(fs.FileSelector(caches.root, allow_not_found=True))
     return any(info.base_name.startswith("inputs-") for info in infos)
 
 
-def _manifest(config: RunConfig, name: str, content: Mapping[str, JsonValue]) -> Manifest | None:
+def finished_manifest(config: RunConfig, name: str, content: Mapping[str, JsonValue]) -> Manifest | None:
+    """The manifest of cache `name` with this content, None when it is not there."""
     store = Store(config.cache.dir) / f"{name}-{fingerprint_of(content)}"
     return Manifest.model_validate_json(store.read("manifest.json")) if store.exists("manifest.json") else None
 
@@ -130,7 +131,7 @@ def _counted(manifest: Manifest) -> InputsPlan:
 
 
 def _estimated(config: RunConfig, missing: list[str]) -> InputsPlan | None:
-    source = config.source
+    source = config.text
     if source.dataset is None:
         tokens, basis = _tokens_in_files(config)
     elif source.max_rows is not None:
@@ -158,7 +159,7 @@ def _estimated(config: RunConfig, missing: list[str]) -> InputsPlan | None:
 
 def _tokens_in_files(config: RunConfig) -> tuple[int, str]:
     """Tokens in the files of the source by their size, and how they were estimated."""
-    source, plan = config.source, config.plan
+    source, plan = config.text, config.plan
     files = find_files(source.paths)
     text = sum(_text_bytes(file, source, plan.compression) for file in files)
     basis = f"{len(files)} file{'s' if len(files) > 1 else ''}, {plan.bytes_per_token:g} bytes of text per token"
@@ -179,13 +180,13 @@ def _text_bytes(file: DataFile, source: TextSource, compression: float) -> float
 
 
 def plan_cache(
-    config: RunConfig, teacher: TeacherConfig, inputs: InputsPlan | None, manifest: Manifest | None, vocab_size: int
+    config: RunConfig, teacher: TopKLogitsTeacher, inputs: InputsPlan | None, manifest: Manifest | None, vocab_size: int
 ) -> CachePlan:
     """Size of a teacher's signal cache, for ids below `vocab_size`."""
     raw, stored = bytes_per_target(teacher, vocab_size)
     if manifest is not None:
         try:
-            signal = _manifest(config, teacher.name, signal_content(config, teacher, manifest))
+            signal = finished_manifest(config, teacher.name, signal_content(config, teacher, manifest))
         except RaydistillError:
             signal = None  # the teacher's own plan says why its weights cannot be read
         if signal is not None:
@@ -199,7 +200,7 @@ def plan_cache(
     return CachePlan(raw_bytes_per_token=raw, bytes_per_token=stored, total_bytes=total, cached=False)
 
 
-def bytes_per_target(teacher: TeacherConfig, vocab_size: int) -> tuple[int, float]:
+def bytes_per_target(teacher: TopKLogitsTeacher, vocab_size: int) -> tuple[int, float]:
     """Bytes of one target before compression, by encoding one with the codec itself, and what to expect after it."""
     fields: dict[str, np.ndarray] = {
         "ids": np.zeros((1, teacher.top_k), np.int32),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from raydistill.plan.accelerators import ACCELERATORS
 from raydistill.plan.estimate import PhasePlan, Plan, TeacherPlan
+from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
 
-UNKNOWN = "?"
 
-
-def table(plan: Plan) -> str:
+def text_table(plan: Plan) -> str:
     """The plan for a terminal; what is not known is a question mark, and the reasons stand at the end."""
     sections = [
         _header(plan),
@@ -20,22 +18,12 @@ def table(plan: Plan) -> str:
         _break_even(plan),
         _missing(plan),
     ]
-    return "\n\n".join(_block(title, lines) for title, lines in sections if lines)
-
-
-Section = tuple[str, list[tuple[str, str]]]
-
-
-def _block(title: str, lines: list[tuple[str, str]]) -> str:
-    width = max((len(label) for label, _ in lines), default=0)
-    return "\n".join([title, *(f"  {label.ljust(width)}  {text}" if label else f"  {text}" for label, text in lines)])
+    return "\n\n".join(block(title, lines) for title, lines in sections if lines)
 
 
 def _header(plan: Plan) -> Section:
-    device = ACCELERATORS[plan.accelerator]
     return f"Plan of {plan.name}", [
-        ("accelerator", f"{plan.accelerator}, {_si(device.flops, 'FLOP/s')} dense bf16, {_bytes(device.memory_bytes)}"),
-        ("", f"({device.source}; hours at {plan.utilisation:.0%} of the peak)"),
+        *accelerator_lines(plan.accelerator, plan.utilisation),
     ]
 
 
@@ -48,9 +36,9 @@ def _inputs(plan: Plan) -> Section:
         ("rows", f"{about}{inputs.rows:,} ({inputs.train_rows:,} to train on)"),
         (
             "tokens",
-            f"{about}{_si(inputs.tokens)} ({_si(inputs.train_tokens)} to train on, {_si(inputs.targets)} predicted)",
+            f"{about}{si(inputs.tokens)} ({si(inputs.train_tokens)} to train on, {si(inputs.targets)} predicted)",
         ),
-        ("cache", f"{about}{inputs.bytes_per_token:.2f} B/token, {_bytes(inputs.total_bytes)}"),
+        ("cache", f"{about}{inputs.bytes_per_token:.2f} B/token, {bytes_of(inputs.total_bytes)}"),
         ("", f"({inputs.basis})"),
     ]
 
@@ -61,33 +49,35 @@ def _teacher(teacher: TeacherPlan, plan: Plan) -> Section:
         ("model", teacher.source.partition("#")[0]),
         ("parameters", _parameters(teacher.parameters, teacher.active_parameters)),
     ]
-    lines.append(("weights", f"{_bytes(teacher.weight_bytes)} per actor{_too_big(teacher.weight_bytes, plan)}"))
+    lines.append(
+        ("weights", f"{bytes_of(teacher.weight_bytes)} per actor{too_big(teacher.weight_bytes, plan.accelerator)}")
+    )
     cache = teacher.cache
     if cache is not None and cache.cached:
-        lines.append(("cache", f"is there: {cache.bytes_per_token:.1f} B/token, {_bytes(cache.total_bytes)}"))
+        lines.append(("cache", f"is there: {cache.bytes_per_token:.1f} B/token, {bytes_of(cache.total_bytes)}"))
     elif cache is not None:
-        total = _bytes(cache.total_bytes) if plan.inputs else UNKNOWN
+        total = bytes_of(cache.total_bytes) if plan.inputs else UNKNOWN
         size = f"about {cache.bytes_per_token:.0f} B/token on disk ({cache.raw_bytes_per_token:.0f} before compression)"
         lines.append(("cache", f"{size}, {total}"))
-    lines.append(("forward", f"{_si(teacher.flops_per_token, 'FLOP')}/token, {_si(teacher.flops, 'FLOP')} in all"))
-    lines.append(("time", _hours(teacher.hours, plan)))
+    lines.append(("forward", f"{si(teacher.flops_per_token, 'FLOP')}/token, {si(teacher.flops, 'FLOP')} in all"))
+    lines.append(("time", hours_of(teacher.hours, plan.accelerator)))
     return title, lines
 
 
 def _student(plan: Plan) -> Section:
     return "Student", [
         ("parameters", _parameters(plan.student_parameters, plan.student_active_parameters)),
-        ("forward", f"{_si(plan.student_forward_flops, 'FLOP')}/token"),
+        ("forward", f"{si(plan.student_forward_flops, 'FLOP')}/token"),
     ]
 
 
 def _phase(phase: PhasePlan, plan: Plan) -> Section:
     steps = UNKNOWN if phase.steps is None else f"{phase.steps:,}"
     lines = [
-        ("steps", f"{steps}, {_si(phase.tokens)} tokens"),
-        ("trained", f"{_si(phase.trained_parameters)} parameters"),
-        ("training", f"{_si(phase.flops_per_token, 'FLOP')}/token, {_si(phase.flops, 'FLOP')} in all"),
-        ("time", _hours(phase.hours, plan)),
+        ("steps", f"{steps}, {si(phase.tokens)} tokens"),
+        ("trained", f"{si(phase.trained_parameters)} parameters"),
+        ("training", f"{si(phase.flops_per_token, 'FLOP')}/token, {si(phase.flops, 'FLOP')} in all"),
+        ("time", hours_of(phase.hours, plan.accelerator)),
     ]
     memory = phase.memory
     if memory is not None:
@@ -95,22 +85,24 @@ def _phase(phase: PhasePlan, plan: Plan) -> Section:
             "weights": memory.weights, "gradients": memory.gradients, "fp32 masters": memory.masters,
             "Adam moments": memory.moments, "EMA": memory.ema,
         }  # fmt: skip
-        text = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size)
+        text = ", ".join(f"{name} {bytes_of(size)}" for name, size in parts.items() if size)
         each = f"{plan.workers} worker{'s' if plan.workers > 1 else ''}"
-        lines.append(("memory", f"{_bytes(memory.device)} on each of {each}{_too_big(memory.device, plan)}"))
         lines.append(
-            ("", f"({text}{f'; {_bytes(memory.host)} of it offloaded' if memory.host else ''}; activations extra)")
+            ("memory", f"{bytes_of(memory.device)} on each of {each}{too_big(memory.device, plan.accelerator)}")
         )
-    speed = f"{_si(phase.bytes_per_second, 'B')}/s for {_si(phase.tokens_per_second)} tokens/s over all workers"
+        lines.append(
+            ("", f"({text}{f'; {bytes_of(memory.host)} of it offloaded' if memory.host else ''}; activations extra)")
+        )
+    speed = f"{si(phase.bytes_per_second, 'B')}/s for {si(phase.tokens_per_second)} tokens/s over all workers"
     lines.append(("reads", speed))
     return f"Phase {phase.name}", lines
 
 
 def _total(plan: Plan) -> Section:
-    lines = [("baseline", f"{_hours(plan.baseline_hours, plan)} (the same student without a teacher)")]
+    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.accelerator)} (the same student without a teacher)")]
     if plan.baseline_hours == 0:
         lines = []
-    lines.append(("all", _hours(plan.hours, plan)))
+    lines.append(("all", hours_of(plan.hours, plan.accelerator)))
     if plan.price is not None:
         lines.append(("price", f"{plan.price:,.2f}"))
     lines.append(("", "(verification and evaluation are not counted)"))
@@ -136,29 +128,4 @@ def _missing(plan: Plan) -> Section:
 def _parameters(all_: int | None, active: int | None) -> str:
     if all_ is None:
         return UNKNOWN
-    return _si(all_) if all_ == active else f"{_si(all_)}, {_si(active)} of them active per token"
-
-
-def _hours(hours: float | None, plan: Plan) -> str:
-    if hours is None:
-        return UNKNOWN
-    text = f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.2g} s"
-    return f"{text} of {plan.accelerator}"
-
-
-def _too_big(size: float | None, plan: Plan) -> str:
-    return f": more than one {plan.accelerator} has" if size is not None and size > plan.memory_bytes else ""
-
-
-def _si(number: float | None, unit: str = "") -> str:
-    if number is None:
-        return UNKNOWN
-    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            short = {"G": "B"}.get(prefix, prefix) if not unit else prefix
-            return f"{number / size:.3g} {short}{unit}"
-    return f"{number:.3g} {unit}".rstrip()
-
-
-def _bytes(size: float | None) -> str:
-    return UNKNOWN if size is None else _si(size, "B")
+    return si(all_) if all_ == active else f"{si(all_)}, {si(active)} of them active per token"

@@ -172,7 +172,7 @@ def dot_chart(
     """One row per bar: a dot on a common axis, with its value in words; `guide` is a vertical rule."""
     if not bars:
         return ""
-    row, left, right = 30.0, 118.0, 64.0
+    row, left, right = 30.0, 128.0, 64.0
     values = [b.value + sign * (b.error or 0) for b in bars for sign in (-1, 1)] + ([] if guide is None else [guide])
     low, high = _range(values, log=log, zero=zero)
     axis, height = Scale(low, high, left, WIDE - right, log), row * len(bars) + 26

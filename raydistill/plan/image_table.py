@@ -1,0 +1,137 @@
+"""A plan of a run on images as text."""
+
+from __future__ import annotations
+
+from raydistill.plan.images import DenoiserPlan, ImagePhasePlan, ImagePlan
+from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
+
+
+def image_table(plan: ImagePlan) -> str:
+    """The plan for a terminal; what is not known is a question mark, and the reasons stand at the end."""
+    sections = [
+        (f"Plan of {plan.name}", accelerator_lines(plan.accelerator, plan.utilisation)),
+        _inputs(plan),
+        *(_teacher(t, plan) for t in plan.teachers),
+        _average(plan),
+        _student(plan),
+        *(_phase(p, plan) for p in plan.phases),
+        _total(plan),
+        _break_even(plan),
+        ("Not known", [("", reason) for reason in plan.missing]),
+    ]
+    return "\n\n".join(block(title, lines) for title, lines in sections if lines)
+
+
+def _inputs(plan: ImagePlan) -> Section:
+    channels, height, width = plan.shape.latents
+    lines = [("latents", f"{channels} × {height} × {width} of a square image, {si(plan.shape.prediction)} numbers")]
+    inputs = plan.inputs
+    if inputs is None:
+        return "Images", [("rows", UNKNOWN), *lines]
+    about, most = ("", "") if inputs.cached else ("about ", "at most ")
+    draws = f"{inputs.rows * plan.draws_per_row:,} draws of noise, {plan.draws_per_row} per image"
+    per_caption = f", {bytes_of(inputs.bytes_per_caption)} per caption" if inputs.bytes_per_caption else ""
+    return "Images", [
+        ("rows", f"{about}{inputs.rows:,} ({inputs.train_rows:,} to train on), {draws}"),
+        *lines,
+        ("cache", f"{bytes_of(inputs.bytes_per_image)} per image{per_caption}, {most}{bytes_of(inputs.total_bytes)}"),
+        ("", f"({inputs.basis})"),
+    ]
+
+
+def _teacher(teacher: DenoiserPlan, plan: ImagePlan) -> Section:
+    weights = teacher.weight_bytes
+    lines = [
+        ("model", teacher.source.partition("#")[0]),
+        ("parameters", si(teacher.parameters)),
+        ("weights", f"{bytes_of(weights)} per actor{too_big(weights, plan.accelerator)}"),
+    ]
+    cache = teacher.cache
+    if cache is not None:
+        there = "is there: " if cache.cached else ""
+        lines.append(("cache", f"{there}{bytes_of(cache.bytes_per_draw)} per draw, {bytes_of(cache.total_bytes)}"))
+    passes = " (two passes: guidance)" if teacher.passes > 1 else ""
+    lines.append(("forward", f"{si(teacher.flops_per_draw, 'FLOP')}/draw{passes}, {si(teacher.flops, 'FLOP')} in all"))
+    lines.append(("time", hours_of(teacher.hours, plan.accelerator)))
+    return f"Teacher {teacher.name}", lines
+
+
+def _average(plan: ImagePlan) -> Section:
+    cache = plan.average
+    if cache is None:
+        return "Average of the teachers", []
+    return "Average of the teachers", [
+        ("cache", f"{bytes_of(cache.bytes_per_draw)} per draw, {bytes_of(cache.total_bytes)}")
+    ]
+
+
+def _student(plan: ImagePlan) -> Section:
+    return "Student", [
+        ("parameters", si(plan.student_parameters)),
+        ("forward", f"{si(plan.student_forward_flops, 'FLOP')}/image and step"),
+    ]
+
+
+def _phase(phase: ImagePhasePlan, plan: ImagePlan) -> Section:
+    steps = UNKNOWN if phase.steps is None else f"{phase.steps:,}"
+    lines = [
+        ("steps", f"{steps}, {si(phase.draws)} draws"),
+        ("trained", f"{si(phase.trained_parameters)} parameters"),
+        ("training", f"{si(phase.flops_per_draw, 'FLOP')}/draw, {si(phase.flops, 'FLOP')} in all"),
+        ("time", hours_of(phase.hours, plan.accelerator)),
+        *_memory(phase, plan),
+    ]
+    if phase.bytes_per_second is not None:
+        speed = f"{si(phase.bytes_per_second, 'B')}/s for {si(phase.draws_per_second)} draws/s over all workers"
+        lines.append(("reads", speed))
+    return f"Phase {phase.name}", lines
+
+
+def _memory(phase: ImagePhasePlan, plan: ImagePlan) -> list[tuple[str, str]]:
+    """A row for each ZeRO stage; the phase's own is marked."""
+    if phase.memory is None:
+        return []
+    workers = f"{plan.workers} worker{'s' if plan.workers > 1 else ''}"
+    heads = ["", "weights", "gradients", "masters", "moments", "EMA", "offloaded", "together"]
+    rows = [
+        [
+            f"{'*' if stage == phase.stage else ' '}ZeRO {stage}",
+            *(
+                bytes_of(size) if size else "–"
+                for size in (m.weights, m.gradients, m.masters, m.moments, m.ema, m.host)
+            ),
+            bytes_of(m.device) + too_big(m.device, plan.accelerator),
+        ]
+        for stage, m in phase.memory.items()
+    ]
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads) - 1)]
+    table = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)), row[-1]])
+        for row in (heads, *rows)
+    ]
+    title = f"of model state on each of {workers} by ZeRO stage (* this run's); activations extra"
+    return [("memory", title), *(("", line) for line in table)]
+
+
+def _total(plan: ImagePlan) -> Section:
+    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.accelerator)} (the same student without a teacher)")]
+    if plan.baseline_hours == 0:
+        lines = []
+    lines.append(("all", hours_of(plan.hours, plan.accelerator)))
+    if plan.price is not None:
+        lines.append(("price", f"{plan.price:,.2f}"))
+    lines.append(("", "(encoding of the inputs, verification and evaluation are not counted)"))
+    return "Total", lines
+
+
+def _break_even(plan: ImagePlan) -> Section:
+    found = plan.break_even
+    title = "Cache against online teachers (a use: one pass over the training draws)"
+    if found is None:
+        return title, [("", UNKNOWN)] if plan.teachers else []
+    total = ", ".join(f"{speed:.2f}× at {uses} use{'s' if uses > 1 else ''}" for uses, speed in found.total.items())
+    return title, [
+        ("pays after", f"{found.uses:.2f} uses; this run makes {found.uses_of_this_run:.2f}"),
+        ("training", f"{found.student_stage:.2f}× faster"),
+        ("everything", total),
+    ]

@@ -1,0 +1,333 @@
+"""What a run on images will cost: FLOP, hours, memory by ZeRO stage, bytes, and when its caches have paid off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.cache.manifest import Manifest
+from raydistill.config.base import Config
+from raydistill.config.models import DiffusersModel
+from raydistill.config.schema import RunConfig
+from raydistill.config.teachers import NoisePredictionTeacher
+from raydistill.config.training import PhaseConfig
+from raydistill.errors import ConfigError, RaydistillError
+from raydistill.models.denoiser import empty_denoiser, with_one_sample
+from raydistill.models.denoiser_counts import DenoiserCounts, count_denoiser, empty_denoiser_student
+from raydistill.plan.accelerators import ACCELERATORS
+from raydistill.plan.estimate import ENOUGH, BreakEven, MemoryPlan, break_even, memory_of, total_of
+from raydistill.plan.image_inputs import (
+    BYTES,
+    DRAW_BYTES,
+    DrawCachePlan,
+    ImageInputsPlan,
+    ImageShape,
+    image_shape,
+    plan_draw_cache,
+    plan_image_inputs,
+)
+from raydistill.train.parameters import parameter_groups
+
+STAGES = (0, 1, 2, 3)
+"""ZeRO stages whose memory is compared."""
+
+
+class DenoiserPlan(Config):
+    """What a teacher costs; None where its architecture could not be read."""
+
+    name: str
+    """Name of the teacher."""
+    source: str
+    """Its model."""
+    parameters: int | None
+    """Numbers in the model."""
+    weight_bytes: int | None
+    """Memory of the weights in one actor."""
+    passes: int
+    """Forward passes per draw: two with guidance."""
+    flops_per_draw: float | None
+    """FLOP of a draw."""
+    flops: float | None
+    """FLOP of the whole cache; 0 when it is there."""
+    hours: float | None
+    """Accelerator hours of the whole cache; 0 when it is there."""
+    cache: DrawCachePlan | None
+    """Its cache."""
+
+
+class ImagePhasePlan(Config):
+    """What a phase costs; None where the student's architecture or the number of images is not known."""
+
+    name: str
+    """Name of the phase."""
+    stage: int
+    """Its ZeRO stage."""
+    steps: int | None
+    """Optimizer steps."""
+    draws: float | None
+    """Draws trained on."""
+    trained_parameters: int | None
+    """Numbers that are trained."""
+    flops_per_draw: float | None
+    """FLOP of a training step per draw."""
+    flops: float | None
+    """FLOP of the phase."""
+    hours: float | None
+    """Accelerator hours of the phase, over all workers."""
+    memory: dict[int, MemoryPlan] | None
+    """Memory of one worker by ZeRO stage, offloading as configured where the stage allows it."""
+    draws_per_second: float | None
+    """Draws that all workers together take per second at the assumed utilisation."""
+    bytes_per_second: float | None
+    """What they then read from the caches."""
+
+
+class ImagePlan(Config):
+    """What a run will cost."""
+
+    name: str
+    """Name of the run."""
+    accelerator: str
+    """Accelerator that hours are counted on."""
+    utilisation: float
+    """Share of the peak that is reached."""
+    workers: int
+    """Training workers; the fewest when training is elastic."""
+    draws_per_row: int
+    """Draws of noise per image."""
+    shape: ImageShape
+    """Sizes of latents and captions."""
+    inputs: ImageInputsPlan | None
+    """Images; None when they are not known."""
+    teachers: tuple[DenoiserPlan, ...]
+    """Teachers."""
+    average: DrawCachePlan | None
+    """The cache that stands for all teachers, where there is one."""
+    student_parameters: int | None
+    """Numbers in the student."""
+    student_forward_flops: float | None
+    """FLOP of the student's forward pass for one image."""
+    phases: tuple[ImagePhasePlan, ...]
+    """Phases."""
+    baseline_hours: float | None
+    """Accelerator hours of training the same student without a teacher; 0 when that is not asked for."""
+    hours: float | None
+    """All accelerator hours; None when a part is not known."""
+    price: float | None
+    """Price of all hours, when one is configured."""
+    break_even: BreakEven | None
+    """When the caches have paid for themselves; a use is one pass over the training draws."""
+    missing: tuple[str, ...]
+    """What could not be known, and why."""
+
+
+def plan_images(config: RunConfig) -> ImagePlan:
+    """The cost of `config`, whose paths are resolved. Runs nothing; what cannot be known is None and in `missing`."""
+    missing: list[str] = []
+    rate = ACCELERATORS[config.plan.accelerator].flops * config.plan.utilisation
+    shape = image_shape(config, missing)
+    inputs, manifest = plan_image_inputs(config, shape, missing)
+    counts = _Counts(shape)
+    teachers = tuple(
+        _teacher(t, config, counts, inputs, manifest, rate, missing)
+        for t in config.teachers
+        if isinstance(t, NoisePredictionTeacher)
+    )
+    average = _average(config, shape, inputs)
+    workers = config.resources.train.workers
+    fewest = max(1, workers if isinstance(workers, int) else workers[0])
+    student = _student(config, counts, missing)
+    read = _bytes_read(config, shape, inputs, teachers, average)
+    phases = tuple(_phase(p, config, inputs, student, rate, fewest, read) for p in config.phases)
+    training = total_of([p.hours for p in phases])
+    baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
+    hours = total_of([*(t.hours for t in teachers), training, baseline])
+    price = config.plan.price_per_hour
+    return ImagePlan(
+        name=config.name,
+        accelerator=config.plan.accelerator,
+        utilisation=config.plan.utilisation,
+        workers=fewest,
+        draws_per_row=config.images.noise.draws_per_row,
+        shape=shape,
+        inputs=inputs,
+        teachers=teachers,
+        average=average,
+        student_parameters=student.parameters if student else None,
+        student_forward_flops=student.forward if student else None,
+        phases=phases,
+        baseline_hours=baseline,
+        hours=hours,
+        price=hours * price if hours is not None and price is not None else None,
+        break_even=_break_even(config, inputs, teachers, phases),
+        missing=tuple(missing),
+    )
+
+
+class _Counts:
+    """Counts of denoisers asked about images of one shape; each model is counted once."""
+
+    def __init__(self, shape: ImageShape):
+        self.shape = shape
+        self._known: dict[str, DenoiserCounts] = {}
+
+    def __call__(self, model: DiffusersModel) -> DenoiserCounts:
+        key = model.model_dump_json()
+        if key not in self._known:
+            tokens = max(self.shape.text_tokens, 1)
+            self._known[key] = count_denoiser(empty_denoiser(model), latents=self.shape.latents[1:], tokens=tokens)
+        return self._known[key]
+
+
+def _teacher(
+    teacher: NoisePredictionTeacher, config: RunConfig, counted: _Counts, inputs: ImageInputsPlan | None,
+    manifest: Manifest | None, rate: float, missing: list[str],
+) -> DenoiserPlan:  # fmt: skip
+    passes = 1 if teacher.guidance_scale in (None, 1) else 2
+    try:
+        counts = counted(teacher.model)
+        taps = tap_numbers(empty_denoiser(teacher.model), teacher.taps, counted.shape) if teacher.taps else 0
+    except RaydistillError as error:
+        missing.append(f"size and cost of teacher {teacher.name}: {error} {ENOUGH}")
+        return DenoiserPlan(
+            name=teacher.name, source=teacher.model.source, parameters=None, weight_bytes=None, passes=passes,
+            flops_per_draw=None, flops=None, hours=None, cache=None,
+        )  # fmt: skip
+    cache = plan_draw_cache(config, teacher, inputs, manifest, counted.shape.prediction, taps)
+    per_draw = passes * counts.forward
+    draws = config.images.noise.draws_per_row * inputs.rows if inputs is not None else None
+    flops = 0.0 if cache.cached else per_draw * draws if draws is not None else None
+    return DenoiserPlan(
+        name=teacher.name,
+        source=teacher.model.source,
+        parameters=counts.parameters,
+        weight_bytes=counts.parameters * BYTES[teacher.model.dtype],
+        passes=passes,
+        flops_per_draw=per_draw,
+        flops=flops,
+        hours=flops / rate / 3600 if flops is not None else None,
+        cache=cache,
+    )
+
+
+def tap_numbers(network: nn.Module, taps: Mapping[str, str], shape: ImageShape) -> int:
+    """Numbers per draw that the outputs of the tapped modules have together; `network` is on the meta device."""
+    sizes: list[int] = []
+
+    def note(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        sizes.append((output if isinstance(output, Tensor) else output[0]).numel())
+
+    for name, path in taps.items():
+        if path not in dict(network.named_modules()):
+            raise ConfigError(f"taps.{name}: wanted a module of {type(network).__name__}, found {path}.")
+        network.get_submodule(path).register_forward_hook(note)
+    with torch.no_grad():
+        with_one_sample(network, size=shape.latents[1:], tokens=max(shape.text_tokens, 1))
+    return sum(sizes)
+
+
+def _average(config: RunConfig, shape: ImageShape, inputs: ImageInputsPlan | None) -> DrawCachePlan | None:
+    """The cache of the weighted mean, in the widest number format of the teachers, with the variance of each draw."""
+    if config.cache.store != "average" or not config.teachers:
+        return None
+    kept = [t.store_dtype for t in config.teachers if isinstance(t, NoisePredictionTeacher)]
+    per_draw = max(BYTES[dtype] for dtype in kept) * shape.prediction + DRAW_BYTES + BYTES["float32"]
+    draws = config.images.noise.draws_per_row * inputs.rows if inputs is not None else None
+    total = per_draw * draws if draws is not None else None
+    return DrawCachePlan(bytes_per_draw=per_draw, total_bytes=total, cached=False)
+
+
+def _student(config: RunConfig, counted: _Counts, missing: list[str]) -> DenoiserCounts | None:
+    model = config.student.model
+    assert isinstance(model, DiffusersModel), "the configuration lets images be learnt by denoisers alone"
+    try:
+        return counted(model)
+    except RaydistillError as error:
+        missing.append(f"size and cost of the student: {error} {ENOUGH}")
+        return None
+
+
+def _phase(
+    phase: PhaseConfig, config: RunConfig, inputs: ImageInputsPlan | None,
+    student: DenoiserCounts | None, rate: float, workers: int, read: float | None,
+) -> ImagePhasePlan:  # fmt: skip
+    steps, draws = phase.steps, None
+    if phase.steps is not None:
+        draws = float(phase.steps * phase.batch.global_size)
+    elif inputs is not None and phase.epochs is not None:
+        draws = phase.epochs * inputs.train_rows * config.images.noise.draws_per_row
+        steps = math.ceil(draws / phase.batch.global_size)
+    per_draw = speed = trained = memory = None
+    if student is not None:
+        trained = _trained(phase, config) if phase.trainable else student.trained_parameters
+        per_draw = student.training(recompute=config.student.gradient_checkpointing)
+        speed = workers * rate / per_draw
+        memory = {stage: _memory(student.parameters, trained, phase, stage, workers) for stage in STAGES}
+    flops = per_draw * draws if per_draw is not None and draws is not None else None
+    return ImagePhasePlan(
+        name=phase.name,
+        stage=phase.zero.stage,
+        steps=steps,
+        draws=draws,
+        trained_parameters=trained,
+        flops_per_draw=per_draw,
+        flops=flops,
+        hours=flops / rate / 3600 if flops is not None else None,
+        memory=memory,
+        draws_per_second=speed,
+        bytes_per_second=speed * read if speed is not None and read is not None and phase.recipe.uses_teacher else None,
+    )
+
+
+def _trained(phase: PhaseConfig, config: RunConfig) -> int:
+    """Numbers that the phase's rules leave to be trained; `ConfigError` for a rule that matches nothing."""
+    network = empty_denoiser_student(config.student)
+    optimizer = next(iter(phase.optimizer.values()))
+    parameter_groups(network, phase.trainable, optimizer, where=f"phases: {phase.name}: trainable")
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def _memory(parameters: int, trained: int, phase: PhaseConfig, stage: int, workers: int) -> MemoryPlan:
+    """Memory of one worker if the phase ran at `stage`; what a stage cannot offload stays on the accelerator."""
+    zero = phase.zero
+    optimizer = zero.offload_optimizer if stage >= (3 if _on_nvme(phase) else 1) else None
+    settings = {"stage": stage, "offload_optimizer": optimizer}
+    settings["offload_parameters"] = zero.offload_parameters if stage == 3 else None
+    return memory_of(parameters, trained, phase.model_copy(update={"zero": zero.model_copy(update=settings)}), workers)
+
+
+def _on_nvme(phase: PhaseConfig) -> bool:
+    offload = phase.zero.offload_optimizer
+    return offload is not None and offload.device == "nvme"
+
+
+def _bytes_read(
+    config: RunConfig, shape: ImageShape, inputs: ImageInputsPlan | None, teachers: tuple[DenoiserPlan, ...],
+    average: DrawCachePlan | None,
+) -> float | None:  # fmt: skip
+    """Bytes that a student reads per draw: latents, caption, and the prediction of every teacher or their average."""
+    caches = [average.bytes_per_draw] if average else [t.cache.bytes_per_draw if t.cache else None for t in teachers]
+    total = total_of([*caches])
+    if inputs is None or total is None:
+        return None
+    return inputs.bytes_per_image + inputs.bytes_per_caption + total
+
+
+def _break_even(
+    config: RunConfig, inputs: ImageInputsPlan | None, teachers: tuple[DenoiserPlan, ...],
+    phases: tuple[ImagePhasePlan, ...],
+) -> BreakEven | None:  # fmt: skip
+    teacher = total_of([t.flops_per_draw for t in teachers])
+    used = [p for p, c in zip(phases, config.phases, strict=True) if c.recipe.uses_teacher]
+    draws, flops = total_of([p.draws for p in used]), total_of([p.flops for p in used])
+    if inputs is None or not teacher or not draws or not flops or not inputs.train_rows:
+        return None
+    return break_even(
+        teacher=teacher,
+        student=flops / draws,
+        cached_per_trained=inputs.rows / inputs.train_rows,
+        uses_of_this_run=draws / (inputs.train_rows * config.images.noise.draws_per_row),
+    )
