@@ -77,6 +77,7 @@ def _on_cluster(
     connect(config)
     require_cluster(key, 1, share.cpus, share.gpus, share.accelerator)
     options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_calls": 1}
+    options["scheduling_strategy"] = "SPREAD"  # the default would stay inside the share of a trial that asks
     if share.accelerator:
         options["accelerator_type"] = share.accelerator
     return ray.get(ray.remote(**options)(function).remote(*args, **kwargs))

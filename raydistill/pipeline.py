@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 
 from pydantic import JsonValue, RootModel
 
@@ -37,7 +34,7 @@ from raydistill.evaluate.stage import EvaluateJob, check_evaluation, evaluate_ru
 from raydistill.export import export_run
 from raydistill.models.agreement import check_vocabularies
 from raydistill.models.denoiser_agreement import check_denoisers
-from raydistill.models.student import build_student, save_student
+from raydistill.models.student import publish_student
 from raydistill.report import write_report
 from raydistill.sources.buckets import buckets_of
 from raydistill.storage import Store
@@ -164,20 +161,31 @@ def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
     A model whose source is `run://other.yaml` is the export of that run, which is run first when it is missing.
     """
     with session():
-        this = Run(_with_exports(config))
-        require_own(this.store, this.config, [folder for _, folder in this.phases("phases")])
-        check_evaluation(this.config)
-        if stages is None or {"inputs", "signals", "init"} & {*stages}:
-            _check_agreement(this.config)
-        claim(this.store, this.config)
-        for stage in STAGES:
-            if stages is None or stage in stages:
-                start = time.monotonic()
-                _STAGES[stage](this, stages is not None)
-                this.spent(stage, time.monotonic() - start)
+        this = begin(config, STAGES if stages is None else stages)
+        advance(this, STAGES if stages is None else stages, asked=stages is not None)
         if stages is None or "report" in stages:
             print(summary(this), flush=True)
         return this
+
+
+def begin(config: RunConfig, stages: Collection[str]) -> Run:
+    """The run in its folder, once it is clear that the folder is its own and that `stages` have what they need."""
+    run = Run(with_exports(config))
+    require_own(run.store, run.config, [folder for _, folder in run.phases("phases")])
+    check_evaluation(run.config)
+    if {"inputs", "signals", "init"} & {*stages}:
+        _check_agreement(run.config)
+    claim(run.store, run.config)
+    return run
+
+
+def advance(run: Run, stages: Collection[str], *, asked: bool = False) -> None:
+    """Go through `stages`, in order; with `asked`, what can be repeated is done again."""
+    for stage in STAGES:
+        if stage in stages:
+            start = time.monotonic()
+            _STAGES[stage](run, asked)
+            run.spent(stage, time.monotonic() - start)
 
 
 def _check_agreement(config: RunConfig) -> None:
@@ -215,13 +223,8 @@ def _verify(run: Run, asked: bool) -> None:
 
 
 def _init(run: Run, asked: bool) -> None:
-    if run.store.exists("init/student.json"):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_student(build_student(run.config.student, seed=run.config.seed), Path(folder))
-        # student.json is what says that the folder is whole.
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "student.json"):
-            run.store.publish(f"init/{path.name}", partial(shutil.copyfile, path))
+    if not run.store.exists("init/student.json"):
+        publish_student(run.config.student, seed=run.config.seed, run=run.store)
 
 
 def _train(run: Run, asked: bool) -> None:
@@ -276,7 +279,7 @@ def _evaluate(run: Run, asked: bool) -> None:
     run.record("evaluate", key=key)
 
 
-def _with_exports(config: RunConfig) -> RunConfig:
+def with_exports(config: RunConfig) -> RunConfig:
     """`config` with the folder of the export in place of each `run://other.yaml`; runs the other run if need be."""
     exports: dict[str, str] = {}
 

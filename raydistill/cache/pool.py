@@ -69,6 +69,11 @@ def require_cluster(
     )
 
 
+def room(cpus: float, gpus: float = 0, accelerator: str | None = None) -> int:
+    """Actors of this size that the nodes hold which the cluster has now."""
+    return sum(_places(node["Resources"], cpus, gpus, accelerator) for node in ray.nodes() if node["Alive"])
+
+
 def _places(node: Mapping[str, float], cpus: float, gpus: float, accelerator: str | None) -> int:
     """Actors of this size that an empty node holds. Shares of a GPU are of one GPU: two of 0.4 fit, not five on two."""
     if accelerator and not node.get(f"accelerator_type:{accelerator}"):

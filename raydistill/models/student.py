@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -145,6 +148,14 @@ def _from_checkpoint(source: LanguageModelConfig, path: str) -> PreTrainedModel:
             f"{problem}. Point student.model.source at the model that the weights belong to."
         )
     return read
+
+
+def publish_student(student: StudentConfig, *, seed: int, run: Store) -> None:
+    """Build the student and put it into the folder `init/` of a run; student.json comes last and says it is whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(build_student(student, seed=seed), Path(folder))
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "student.json"):
+            run.publish(f"init/{path.name}", partial(shutil.copyfile, path))
 
 
 def save_student(model: Student, folder: Path) -> None:
