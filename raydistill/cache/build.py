@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from raydistill.cache.content import inputs_content, signal_content
+from raydistill.cache.dense_read import require_stored_draws
 from raydistill.cache.dense_signal import NoisePredictionWorker
 from raydistill.cache.image_inputs import build_image_inputs
 from raydistill.cache.ledger import Ledger, is_described, read_description
@@ -86,6 +87,7 @@ def build_signal(
             make, repeated, unit, noise = TopKWorker, INPUT_FACTS, "tokens", None
             costs = {record.name: record.tokens for record in inputs_manifest.shards}
         case NoisePredictionTeacher():
+            require_stored_draws(inputs_manifest, config.images.noise)
             make, repeated, unit, noise = NoisePredictionWorker, (), "samples", config.images.noise
             costs = {record.name: record.rows * noise.draws_per_row for record in inputs_manifest.shards}
     old = ledger.manifest

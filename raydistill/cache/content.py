@@ -6,16 +6,20 @@ from raydistill.cache.batches import BATCH_RULE
 from raydistill.cache.codecs import CODEC_VERSIONS
 from raydistill.cache.dense_batch import BATCH_RULE as DRAWS_RULE
 from raydistill.cache.image_index import IMAGES_FORMAT
+from raydistill.cache.joined import open_manifest
+from raydistill.cache.ledger import DAMAGED, MANIFEST
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.shards import INPUTS_FORMAT
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, TextSource
 from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig, TopKLogitsTeacher
+from raydistill.errors import ConfigError
 from raydistill.models.denoiser import denoiser_identity
 from raydistill.models.load import load_tokenizer, model_identity
 from raydistill.signals import JsonValue
 from raydistill.sources.image_content import image_content
 from raydistill.sources.text import text_content
+from raydistill.storage import Store
 
 SIGNAL_VERSION = 1
 """Raised when a teacher would write other numbers for the same settings."""
@@ -28,6 +32,8 @@ def inputs_content(config: RunConfig) -> dict[str, JsonValue]:
     Raises `ConfigError` for images that cannot be encoded so.
     """
     match config.source:
+        case ImagesSource(imported=str() as name):
+            return imported_content(config, name, "source.imported")
         case TextSource():
             content, layout = text_content(config.source, load_tokenizer(config.source.tokenizer)), INPUTS_FORMAT
         case ImagesSource():
@@ -37,8 +43,12 @@ def inputs_content(config: RunConfig) -> dict[str, JsonValue]:
 
 def signal_content(config: RunConfig, teacher: TeacherConfig, inputs_manifest: Manifest) -> dict[str, JsonValue]:
     """What decides the bytes of a signal cache: inputs, the teacher's weights and settings, and how it is asked."""
+    if isinstance(teacher, NoisePredictionTeacher) and teacher.imported is not None:
+        if not teacher.imported.startswith(f"{teacher.name}-"):
+            raise ConfigError(f"teachers.*.imported: wanted a cache of {teacher.name!r}, found {teacher.imported!r}")
+        return imported_content(config, teacher.imported, "teachers.*.imported")
     settings: dict[str, JsonValue] = {
-        **teacher.model_dump(mode="json", exclude={"name", "weight", "model"}),
+        **teacher.model_dump(mode="json", exclude={"name", "weight", "model", "imported"}),
         "inputs": inputs_manifest.fingerprint,
         "signal_version": SIGNAL_VERSION,
     }
@@ -58,3 +68,15 @@ def signal_content(config: RunConfig, teacher: TeacherConfig, inputs_manifest: M
                 "noise": config.images.noise.model_dump(mode="json"),
                 "batch_rule": DRAWS_RULE,
             }
+
+
+def imported_content(config: RunConfig, name: str, key: str) -> dict[str, JsonValue]:
+    """What an imported cache says of itself; `ConfigError` when it is not there whole."""
+    store = Store(config.cache.dir) / name
+    if not store.exists(MANIFEST) or store.exists(DAMAGED):
+        state = "lists damaged shards" if store.exists(DAMAGED) else f"has no {MANIFEST}"
+        raise ConfigError(
+            f"{key}: wanted a finished cache at {store.uri}, which {state}. Import it (again): "
+            "python -m raydistill.cache.per_sample import."
+        )
+    return open_manifest(store).content

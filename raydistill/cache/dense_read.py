@@ -22,6 +22,7 @@ from raydistill.cache.dense import DenseShard, fetch, read_description
 from raydistill.cache.dense_batch import Draw, denoiser_batch, noise_hashes, stacked
 from raydistill.cache.joined import Joined
 from raydistill.cache.local import LocalFiles, Unpacked
+from raydistill.cache.manifest import Manifest
 from raydistill.cache.samples import Indices
 from raydistill.config.sources import NoiseConfig
 from raydistill.errors import CacheMismatch, SignalMismatch
@@ -63,6 +64,8 @@ class DenseDataset:
         self.signal_manifests = self._joined.signal_manifests
         self._fields = self._joined.fields
         self._noise = noise if self._fields else None
+        if self._fields:
+            require_stored_draws(self.inputs_manifest, noise)
         for teacher, manifest in self.signal_manifests.items():
             require_same_noise(manifest.facts, noise, where=self._joined.stores[teacher].uri)
         self._shard, self._row, _ = self._joined.places(max_rows)
@@ -186,6 +189,17 @@ def require_same_noise(facts: Mapping[str, JsonValue], noise: NoiseConfig, *, wh
         f"{where} was made with other noise than source.noise asks for:\n" + "\n".join(lines) + "\n"
         "Run --stages signals with this configuration."
     )
+
+
+def require_stored_draws(inputs: Manifest, noise: NoiseConfig) -> None:
+    """Raise `CacheMismatch` unless `noise` asks for the draws that came with the rows of imported inputs."""
+    stored = inputs.facts.get("stored_draws")
+    if stored is not None and (noise.draws_per_row, noise.caption_dropout) != (stored, 0):
+        raise CacheMismatch(
+            f"the inputs {inputs.fingerprint} are imported and hold {stored} draw(s) of noise per row, with its "
+            f"caption; found source.noise.draws_per_row {noise.draws_per_row} and caption_dropout "
+            f"{noise.caption_dropout:g}. Set them to {stored} and 0."
+        )
 
 
 def require_noise(signal: DenseShard, draw: Draw, sha: int, timestep: int, *, where: str) -> None:

@@ -137,6 +137,9 @@ class ImagesSource(Config):
     paths: tuple[str, ...] = Field(min_length=1)
     """Folders of images (captions in `metadata.jsonl` or in a `.txt` beside each image), Parquet files with image
     bytes, WebDataset `.tar` files, or globs of them."""
+    imported: str | None = None
+    """Name of an inputs cache in `cache.dir`, e.g. `inputs-0123456789abcdef`, that was imported
+    (`python -m raydistill.cache.per_sample import`) and is used as it is; `paths` then only says where it is from."""
     image_key: str = "image"
     """Column of the image bytes in Parquet."""
     caption_key: str = "caption"

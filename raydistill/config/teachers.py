@@ -80,6 +80,9 @@ class NoisePredictionTeacher(Config):
     """Number format in which predictions are stored."""
     batch_rows: int = Field(default=8, ge=1)
     """Draws in one teacher batch. A part of the cache's identity."""
+    imported: str | None = None
+    """Name of a signal cache in `cache.dir`, e.g. `<name>-0123456789abcdef`, that was imported and is used as it is;
+    the model is then asked by the audit alone."""
 
 
 TeacherConfig = Annotated[
