@@ -40,7 +40,8 @@ def image_content(source: ImagesSource) -> dict[str, JsonValue]:
     text_facts(source.text_encoders)
     files = find_image_files(source.paths)
     settings = source.model_dump(
-        mode="json", exclude={"paths", "noise", "vae", "text_encoders", "buckets", "max_corrupt", "resolution"}
+        mode="json",
+        exclude={"paths", "imported", "noise", "vae", "text_encoders", "buckets", "max_corrupt", "resolution"},
     )
     for key in ("bucket_step", "max_aspect"):  # what they decide are the buckets
         settings.pop(key)
