@@ -73,7 +73,7 @@ def evaluate_images(job: EvaluateJob) -> Evaluation:
     rows = open_held_out_draws(config, inputs=job.inputs, signals=each or job.signals)
     gallery = open_gallery(config, inputs=job.inputs, device=device())
     gallery.add_held_out()
-    lines = _cached_lines(rows)
+    lines, floor = _cached_lines(job, rows)
     for model in _models(job):
         print(f"evaluate: {model.who.replace('_', ' ')}", flush=True)
         line = lines.setdefault(model.who, {})
@@ -85,7 +85,7 @@ def evaluate_images(job: EvaluateJob) -> Evaluation:
         del model
         gc.collect()
     stats = image_cache_stats(Store(job.inputs), {name: Store(uri) for name, uri in job.signals.items()})
-    metrics = _arranged(config, lines, floor_line(rows, _teachers_process(rows)) if rows.teachers else {}, stats)
+    metrics = _arranged(config, lines, floor, stats)
     metrics["held_out"] = {
         "rows": len({sample.row_id for sample in rows.samples}),
         "draws": len(rows.samples),
@@ -94,22 +94,24 @@ def evaluate_images(job: EvaluateJob) -> Evaluation:
     return Evaluation(metrics, gallery.as_json(), stats, gallery.files)
 
 
-def _cached_lines(rows: HeldOutDraws) -> dict[str, Line]:
-    if not rows.teachers:
-        return {}
-    return {f"teacher/{name}": line for name, line in teacher_lines(rows, _teachers_process(rows)).items()}
+def _cached_lines(job: EvaluateJob, rows: HeldOutDraws) -> tuple[dict[str, Line], Line]:
+    """What the caches say of each teacher, and of the best possible student."""
+    if not rows.taught:
+        return {}, {}
+    process = process_of(_denoisers(job.config)[0].model)  # all have one schedule
+    lines = {f"teacher/{name}": line for name, line in teacher_lines(rows, process).items()}
+    return lines, floor_line(rows, process)
 
 
-def _teachers_process(rows: HeldOutDraws) -> Process:
-    facts = rows.teachers[0].facts["process"]
-    assert isinstance(facts, dict), "the cache of a denoiser names its process"
-    return Process.from_json(facts)
+def _denoisers(config: RunConfig) -> list[NoisePredictionTeacher]:
+    found = [teacher for teacher in config.teachers if isinstance(teacher, NoisePredictionTeacher)]
+    assert len(found) == len(config.teachers), "the configuration lets denoisers learn from these alone"
+    return found
 
 
 def _models(job: EvaluateJob) -> Iterator[Measured]:
     """The models, loaded when their turn comes."""
-    for teacher in job.config.teachers:
-        assert isinstance(teacher, NoisePredictionTeacher), "the configuration lets denoisers learn from these alone"
+    for teacher in _denoisers(job.config):
         network: nn.Module = load_denoiser(teacher.model)
         network.to(device())
         yield Measured(f"teacher/{teacher.name}", network, process_of(teacher.model), teacher.guidance_scale)
@@ -194,13 +196,18 @@ def _signal_stats(signal: Manifest, store: Store, inputs: Manifest) -> Line:
         "bytes_per_draw": size / max(draws * rows, 1),
         **{key: signal.facts[key] for key in kept if signal.facts.get(key) is not None},
     }
-    if store.exists("build.json"):
-        builds, sizes = json.loads(store.read_text("build.json")), {s.name: s.rows for s in inputs.shards}
-        done = sum(sizes.get(name, 0) for build in builds for name in build["shards"])
-        seconds = sum(build["seconds"] for build in builds)
-        if done and seconds:
-            stats["samples_per_second"] = draws * done / seconds
+    if speed := _captured_per_second(store, {record.name: draws * record.rows for record in inputs.shards}):
+        stats["samples_per_second"] = speed
     return stats
+
+
+def _captured_per_second(store: Store, draws: Mapping[str, int]) -> float | None:
+    """Draws per second at which a teacher wrote its cache, start-up included; None where build.json does not say."""
+    builds = json.loads(store.read_text("build.json")) if store.exists("build.json") else []
+    timed = [build for build in builds if "seconds" in build and "shards" in build]
+    done = sum(draws.get(name, 0) for build in timed for name in build["shards"])
+    seconds = sum(build["seconds"] for build in timed)
+    return done / seconds if done and seconds else None
 
 
 def _cache_sizes(stats: Mapping[str, JsonValue]) -> Line:
