@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from denoiser_toys import DDPM, tiny_unet
+from diffusers import UNet2DConditionModel
+from fake_image_run import IMAGE_SETTINGS, fake_image_metrics
 from fake_run import SETTINGS, fake_metrics
 from toys import save_model, tiny_llama
 
@@ -103,4 +106,94 @@ def test_the_card_names_no_path_of_this_machine() -> None:
     card = model_card(RunConfig.model_validate(settings), {})
     assert "`moby.txt`" in card
     assert "someone" not in card
+    assert "Nothing was measured." in card
+
+
+IMAGE_OUTSIDER = """
+import sys, json
+sys.modules["raydistill"] = None  # importing it raises
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+unet = UNet2DConditionModel.from_pretrained(sys.argv[1], subfolder="unet")
+DDIMScheduler.from_pretrained(sys.argv[1], subfolder="scheduler")
+given = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
+added = {"text_embeds": torch.zeros(1, 6), "time_ids": torch.ones(1, 6)}
+out = unet(given, 7, torch.zeros(1, 2, 8), added_cond_kwargs=added).sample
+print(json.dumps(out.flatten().tolist()))
+"""
+
+
+@pytest.fixture
+def image_run(tmp_path: Path) -> tuple[RunConfig, Store, str]:
+    """A trained image run: its `init/` student, other weights of the last phase, and metrics."""
+    student = {"model": {**IMAGE_SETTINGS["student"]["model"], "dtype": "float32"}, "init": {"kind": "random"}}
+    config = RunConfig.model_validate({**IMAGE_SETTINGS, "student": student})
+    store = Store(tmp_path / "run")
+    for seed, folder in enumerate(("init", "phases/distil/final")):
+        save_student(_with_scheduler(tiny_unet(seed=seed)), Path(store.path(folder)))
+    store.publish("metrics.json", json.dumps(fake_image_metrics()))
+    return config, store, f"{store.uri}/phases/distil/final"
+
+
+def _with_scheduler(network: UNet2DConditionModel) -> UNet2DConditionModel:
+    network.scheduler_config = {**DDPM, "prediction_type": "epsilon"}
+    return network
+
+
+def test_an_exported_denoiser_loads_with_diffusers_alone_and_is_the_trained_student(
+    image_run: tuple[RunConfig, Store, str],
+) -> None:
+    config, store, weights = image_run
+    export_run(config, store, weights=weights)
+    out = subprocess.run(
+        [sys.executable, "-c", IMAGE_OUTSIDER, store.path("export")], capture_output=True, text=True, check=True
+    )
+    found = torch.tensor(json.loads(out.stdout.splitlines()[-1])).reshape(1, 3, 8, 8)
+    given = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
+    added = {"text_embeds": torch.zeros(1, 6), "time_ids": torch.ones(1, 6)}
+    with torch.no_grad():
+        wanted = tiny_unet(seed=1)(given, 7, torch.zeros(1, 2, 8), added_cond_kwargs=added).sample
+    torch.testing.assert_close(found, wanted)
+    card = Path(store.path("export/README.md")).read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert 'UNet2DConditionModel.from_pretrained("path/to/this/folder", subfolder="unet")' in card
+
+
+def test_the_card_of_a_denoiser_states_teachers_data_and_every_measured_number() -> None:
+    card = model_card(RunConfig.model_validate(IMAGE_SETTINGS), fake_image_metrics())
+    assert "distilled from `runs/google/export` and `runs/twitter/export`" in card
+    assert "* `google`: `runs/google/export`, weight 2" in card
+    assert "pixels, scaled to [-1, 1]" in card
+    assert "4 draws of noise per image, timesteps 0 to 999" in card
+    assert "`distil`: 300 steps of 16 draws, noise_prediction with alpha 1, mse" in card
+    assert "61 held-out images (244 draws of noise)" in card
+    assert (
+        "|  | teacher | untrained student | student without a teacher | **this model** | its moving average |" in card
+    )
+    assert "| error to the teachers | 0.0046 | 1.02 | 0.021 | 0.0132 | 0.0119 |" in card
+    assert "| error to `google` | – | 0.918 | 0.0189 | 0.01188 | 0.01071 |" in card
+    assert "| Fréchet distance of `default_1` | 22 | – | 61 | 40.2 | 38.8 |" in card
+    assert "128 generated and 61 held-out images, too few for a Fréchet distance in 2,048 dimensions" in card
+    assert "diffusers 0." in card
+
+
+def test_the_card_of_an_exported_average_marks_its_column() -> None:
+    config = RunConfig.model_validate({**IMAGE_SETTINGS, "export": {"weights": "ema"}})
+    assert "student without a teacher | before averaging | **this model** |" in model_card(config, fake_image_metrics())
+
+
+def test_a_denoiser_of_latents_says_how_it_drops_into_a_pipeline(tmp_path: Path) -> None:
+    source = {
+        **IMAGE_SETTINGS["source"],
+        "vae": {"source": "stabilityai/sdxl-vae"},
+        "text_encoders": [{"source": "stabilityai/stable-diffusion-xl-base-1.0", "subfolder": "text_encoder"}],
+    }
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    card = model_card(RunConfig.model_validate({**IMAGE_SETTINGS, "source": source}), {}, tmp_path)
+    usage = card.split("```python\n")[1].split("```")[0]
+    compile(usage, "card", "exec")
+    assert "from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel" in usage
+    assert '"stabilityai/stable-diffusion-xl-base-1.0", unet=denoiser' in usage
+    assert "`stabilityai/stable-diffusion-xl-base-1.0/text_encoder`" in card
+    assert "latents of the autoencoder `stabilityai/sdxl-vae`" in card
     assert "Nothing was measured." in card
