@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from denoiser_toys import DDPM, FLOW, batch_of, process_of, tiny_unet
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -140,3 +140,23 @@ def test_a_png_holds_the_rounded_pixels() -> None:
     assert pixels.shape == (5, 7, 3)
     assert pixels[0, 0].tolist() == [0, 128, 255]
     assert np.abs(pixels.astype(float).transpose(2, 0, 1) - 255 * image.clamp(0, 1).numpy()).max() <= 0.5
+
+
+def test_samples_are_those_of_the_sdxl_pipeline_of_diffusers() -> None:
+    network, given = tiny_unet(), batch_of(2)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = StableDiffusionXLPipeline(unet=network, scheduler=scheduler, add_watermarker=False, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        prompt_embeds=given["prompt_embeds"], pooled_prompt_embeds=given["pooled"],
+        negative_prompt_embeds=given["empty_embeds"], negative_pooled_prompt_embeds=given["empty_pooled"],
+        height=64, width=64, original_size=(48, 80), crops_coords_top_left=(4, 0), target_size=(64, 64),
+        latents=given["noise"], num_inference_steps=5, guidance_scale=3.0, output_type="latent",
+    ).images  # fmt: skip
+    given["time_ids"] = torch.tensor([[48.0, 80, 4, 0, 64, 64]]).repeat(2, 1)
+    found = sample(network, network.process, given["noise"], given, Sampling(steps=5, guidance_scale=3.0))
+    torch.testing.assert_close(found, made, rtol=1e-4, atol=1e-5)
