@@ -14,8 +14,8 @@ from functools import cached_property, partial
 
 from pydantic import JsonValue, RootModel
 
-from raydistill.cache.average import AVERAGE, average_content, build_average
-from raydistill.cache.build import build_inputs, build_signal
+from raydistill.cache.average import AVERAGE, average_content
+from raydistill.cache.build import build_average, build_inputs, build_signal
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.ledger import read_builds
 from raydistill.cache.manifest import Manifest, fingerprint_of, parsed

@@ -7,19 +7,15 @@ that any q can reach, is kept for each draw as `variance`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from raydistill.cache.dense import DenseShard, read_dense, write_dense
 from raydistill.cache.dense_capture import OWN_FIELDS, signal_meta
-from raydistill.cache.ledger import Ledger
 from raydistill.cache.manifest import FieldRecord, Manifest
-from raydistill.cache.pool import map_over_actors, require_cluster
 from raydistill.cache.shards import field_records, publish_record
-from raydistill.config.schema import RunConfig
 from raydistill.diffusion.process import Process
 from raydistill.errors import CacheMismatch, SignalMismatch
 from raydistill.signals import Field, JsonValue
@@ -54,50 +50,6 @@ def average_content(signals: Signals, weights: Mapping[str, float]) -> dict[str,
         "weights": {fingerprint: shares[fingerprint] for fingerprint in sorted(shares)},
         "average_version": AVERAGE_VERSION,
     }
-
-
-def build_average(
-    config: RunConfig,
-    inputs_manifest: Manifest,
-    signals: Signals,
-    caches: Store,
-    *,
-    connect: Callable[[], None] = lambda: None,
-) -> tuple[Store, Manifest]:
-    """The average of the teachers' finished signals below `caches`, built as far as it is not there.
-
-    `connect` brings Ray up; it is called only when there is something to build. Raises `CacheMismatch` when the signals
-    are not of one kind of prediction, schedule or noise, `SignalMismatch` when they disagree on the noise of a draw.
-    """
-    used = {t.name: signals[t.name] for t in config.teachers if t.weight > 0}
-    ledger = Ledger.below(caches, AVERAGE, average_content(used, {t.name: t.weight for t in config.teachers}))
-    if finished := ledger.finished:
-        return ledger.store, finished
-    facts = _facts(used, ledger.content)
-    connect()
-    require_cluster("resources.decode", 1, config.resources.decode.cpus)
-    old = ledger.manifest
-    ledger.begin()
-    names = [record.name for record in inputs_manifest.shards]
-    pending = ledger.pending(names)
-    splits = {record.name: record.split for record in inputs_manifest.shards}
-    make = partial(_AverageWorker, sources(used, ledger.content), ledger.store.uri, splits)
-    actors = (1, max(1, len(pending)))
-    changed = []
-    before = {record.name: record.sha256 for record in old.shards} if old else {}
-    for outcome in map_over_actors(make, pending, cpus=config.resources.decode.cpus, actors=actors):
-        if before.get(outcome["shard"], outcome["sha256"]) != outcome["sha256"]:
-            changed.append(outcome["shard"])
-    manifest = ledger.finish(
-        names,
-        kind="signal",
-        parent=inputs_manifest.fingerprint,
-        fields=_fields(used),
-        facts=facts,
-        build={"shards": list(pending), "changed": sorted(changed)},
-    )
-    ledger.report_changed(sorted(changed))
-    return ledger.store, manifest
 
 
 def sources(signals: Signals, content: Mapping[str, JsonValue]) -> list[tuple[str, float]]:
@@ -148,7 +100,7 @@ def require_same_draws(one: DenseShard, other: DenseShard) -> None:
             )
 
 
-class _AverageWorker:
+class AverageWorker:
     """Averages shards."""
 
     def __init__(self, signals: Sequence[tuple[str, float]], store: str, splits: Mapping[str, str]):
@@ -164,7 +116,8 @@ class _AverageWorker:
         return {"shard": name, "sha256": record.sha256}
 
 
-def _fields(signals: Signals) -> dict[str, FieldRecord]:
+def average_fields(signals: Signals) -> dict[str, FieldRecord]:
+    """The fields of the average, as its manifest has them."""
     manifests = [manifest for _, manifest in signals.values()]
     dtype: torch.dtype = getattr(torch, manifests[0].fields["prediction"].dtype)
     for manifest in manifests[1:]:
@@ -175,7 +128,7 @@ def _fields(signals: Signals) -> dict[str, FieldRecord]:
     return {**kept, **variance}
 
 
-def _facts(signals: Signals, content: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def average_facts(signals: Signals, content: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """What readers must know of the average; `CacheMismatch` when the signals do not agree on it."""
     manifests = sorted((manifest for _, manifest in signals.values()), key=lambda manifest: manifest.fingerprint)
     first = manifests[0].facts

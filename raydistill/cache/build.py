@@ -11,13 +11,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from raydistill.cache.average import (
+    AVERAGE,
+    AverageWorker,
+    Signals,
+    average_content,
+    average_facts,
+    average_fields,
+    sources,
+)
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.dense_read import require_stored_draws
 from raydistill.cache.dense_signal import NoisePredictionWorker
 from raydistill.cache.image_inputs import build_image_inputs
 from raydistill.cache.ledger import Ledger, is_described, read_description
 from raydistill.cache.manifest import Manifest
-from raydistill.cache.pool import Worker, map_shards, require_cluster
+from raydistill.cache.pool import Worker, map_over_actors, map_shards, require_cluster
 from raydistill.cache.signal_job import SignalJob, TeacherFactory
 from raydistill.cache.text_inputs import build_text_inputs
 from raydistill.cache.top_k_signal import INPUT_FACTS, TopKWorker
@@ -28,7 +37,7 @@ from raydistill.signals import JsonValue
 from raydistill.storage import Store
 from raydistill.teachers import build_teacher
 
-__all__ = ["build_inputs", "build_signal", "inputs_content", "signal_content"]
+__all__ = ["build_average", "build_inputs", "build_signal", "inputs_content", "signal_content"]
 
 
 def _connected() -> None:
@@ -132,3 +141,47 @@ def build_signal(
     )
     ledger.report_changed(sorted(audits))
     return store, manifest
+
+
+def build_average(
+    config: RunConfig,
+    inputs_manifest: Manifest,
+    signals: Signals,
+    caches: Store,
+    *,
+    connect: Callable[[], None] = _connected,
+) -> tuple[Store, Manifest]:
+    """The average of the teachers' finished signals below `caches`, built as far as it is not there.
+
+    `connect` brings Ray up; it is called only when there is something to build. Raises `CacheMismatch` when the signals
+    are not of one kind of prediction, schedule or noise, `SignalMismatch` when they disagree on the noise of a draw.
+    """
+    used = {t.name: signals[t.name] for t in config.teachers if t.weight > 0}
+    ledger = Ledger.below(caches, AVERAGE, average_content(used, {t.name: t.weight for t in config.teachers}))
+    if finished := ledger.finished:
+        return ledger.store, finished
+    facts = average_facts(used, ledger.content)
+    connect()
+    require_cluster("resources.decode", 1, config.resources.decode.cpus)
+    old = ledger.manifest
+    ledger.begin()
+    names = [record.name for record in inputs_manifest.shards]
+    pending = ledger.pending(names)
+    splits = {record.name: record.split for record in inputs_manifest.shards}
+    make = partial(AverageWorker, sources(used, ledger.content), ledger.store.uri, splits)
+    actors = (1, max(1, len(pending)))
+    changed = []
+    before = {record.name: record.sha256 for record in old.shards} if old else {}
+    for outcome in map_over_actors(make, pending, cpus=config.resources.decode.cpus, actors=actors):
+        if before.get(outcome["shard"], outcome["sha256"]) != outcome["sha256"]:
+            changed.append(outcome["shard"])
+    manifest = ledger.finish(
+        names,
+        kind="signal",
+        parent=inputs_manifest.fingerprint,
+        fields=average_fields(used),
+        facts=facts,
+        build={"shards": list(pending), "changed": sorted(changed)},
+    )
+    ledger.report_changed(sorted(changed))
+    return ledger.store, manifest

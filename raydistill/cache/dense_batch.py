@@ -84,7 +84,8 @@ def denoiser_batch(draws: Sequence[Draw], noise: NoiseConfig | None) -> dict[str
             tables = [draw.shard.tensor(name) for draw in draws]
             prompts = [table[draw.prompt(noise)] for table, draw in zip(tables, draws, strict=True)]
             batch[name] = _stacked(prompts)
-            batch[empty] = _stacked([tables[0][-1]]).expand_as(batch[name])
+            # A real copy for every sample: memory that samples share cannot be pinned.
+            batch[empty] = _stacked([tables[0][-1]] * len(draws))
     return batch
 
 

@@ -37,15 +37,19 @@ def capture_draws(
     value does not fit into `dtype`, `DataError` when a value is not finite.
     """
     draws = draws_of(shard, noise.draws_per_row)
-    pieces: dict[str, list[Tensor]] = {name: [] for name in (*teacher.schema, *OWN_FIELDS)}
+    whole: dict[str, Tensor] = {}
+    done = 0
     for part, batch in _ahead(cut_draws(draws, batch_rows), noise):
-        for name, values in predictions(teacher, batch, where=where).items():
-            pieces[name].append(_stored(values, dtype, part, f"{where}: {name}"))
-        pieces["timestep"].append(batch["timestep"].int())
-        pieces["noise_sha"].append(torch.tensor(noise_hashes(batch["noise"])))
+        said = predictions(teacher, batch, where=where)
+        found = {name: _stored(values, dtype, part, f"{where}: {name}") for name, values in said.items()}
+        found |= {"timestep": batch["timestep"].int(), "noise_sha": torch.tensor(noise_hashes(batch["noise"]))}
+        for name, values in found.items():
+            if name not in whole:  # at once in its full size: a shard of large features fits into memory only once
+                whole[name] = torch.empty(len(draws), *values.shape[1:], dtype=values.dtype)
+            whole[name][done : done + len(part)] = values
+        done += len(part)
         progress(len(part))
-    whole = {name: torch.cat(parts) for name, parts in pieces.items()}
-    return {name: values.reshape(shard.rows, noise.draws_per_row, *values.shape[1:]) for name, values in whole.items()}
+    return {name: values.unflatten(0, (shard.rows, noise.draws_per_row)) for name, values in whole.items()}
 
 
 def predictions(teacher: Teacher, batch: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from conftest_cache import InProcess, cache_bytes
 from dense_toys import BuiltImages, build_images, image_config
 
-from raydistill.cache.average import averaged, build_average
+from raydistill.cache.average import averaged
+from raydistill.cache.build import build_average
 from raydistill.cache.dense import DenseShard, read_dense, write_dense
 from raydistill.cache.dense_read import DenseDataset
 from raydistill.cache.manifest import Manifest

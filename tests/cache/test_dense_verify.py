@@ -13,8 +13,7 @@ from dense_toys import BuiltImages, ToyDenoiser, build_images, image_config, rep
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raydistill.cache.average import build_average
-from raydistill.cache.build import build_signal
+from raydistill.cache.build import build_average, build_signal
 from raydistill.cache.ledger import read_damaged
 from raydistill.cache.verify import Damage, require_sound, verify
 from raydistill.errors import VerificationFailed
