@@ -35,14 +35,30 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_config(problem: Path, folder: Path, *, workers: int = 0, actors: tuple[int, int] = (1, 1)) -> Path:
-    """The configuration of a run in `folder`; only where the work is done differs between two of them."""
+def write_config(
+    problem: Path,
+    folder: Path,
+    *,
+    workers: int = 0,
+    actors: tuple[int, int] = (1, 1),
+    precision: str = "fp32",
+    cache: Path | None = None,
+) -> Path:
+    """The configuration of a run in `folder`. Two of one precision differ only in where the work is done."""
     phase = tiny_config(problem).phases[0].model_dump(mode="json")
     config = tiny_config(
         problem,
         run_dir=str(folder / "run"),
-        cache={"dir": str(folder / "cache")},
-        phases=[phase | {"steps": 200, "checkpoint": {"every_steps": 10, "keep": 2}, "ema": {"decay": 0.9}}],
+        cache={"dir": str(cache or folder / "cache")},
+        phases=[
+            phase
+            | {
+                "precision": precision,
+                "steps": 200,
+                "checkpoint": {"every_steps": 10, "keep": 2},
+                "ema": {"decay": 0.9},
+            }
+        ],
         evaluate={"held_out": 0.1, "baseline": False, "sample_tokens": 2},
         resources={"teacher": {"actors": actors}, "train": {"workers": workers}},
     )
@@ -89,10 +105,15 @@ def content(folder: Path) -> dict[str, str]:
     """
     files = [p for p in folder.joinpath("cache").rglob("*") if p.is_file() and not p.name.startswith(".tmp-")]
     caches = [p for p in files if p.name != "build.json"]
-    weights = [folder / f"run/phases/distil/final/{name}.safetensors" for name in ("model", "ema")]
-    hashes = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in [*caches, *weights]}
+    hashes = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in caches}
     assert any(name.endswith("manifest.json") for name in hashes)
-    return hashes
+    return hashes | weights(folder)
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Hashes of the trained weights and their average."""
+    final = folder / "run/phases/distil/final"
+    return {name: hashlib.sha256((final / f"{name}.safetensors").read_bytes()).hexdigest() for name in ("model", "ema")}
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -122,6 +143,25 @@ def test_driver_killed_among_shards_and_in_training(problem: Path, undisturbed: 
     finish(config)
     assert content(tmp_path) == content(undisturbed)
     assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_driver_killed_in_bf16_training_ends_in_the_same_weights_to_the_bit(
+    problem: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    calm, rough = (
+        write_config(problem, tmp_path / name, precision="bf16", cache=undisturbed / "cache")
+        for name in ("calm", "rough")
+    )
+    finish(calm)
+    for step in (10, 80):
+        process = start(rough)
+        wait_for(lambda step=step: trained(tmp_path / "rough") >= step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(rough)
+    assert weights(tmp_path / "rough") == weights(tmp_path / "calm")
+    assert losses(tmp_path / "rough") == losses(tmp_path / "calm")
+    assert weights(tmp_path / "calm") != weights(undisturbed), "trained in fp32, weights are others"
 
 
 def test_interrupt_ends_cleanly_and_says_how_to_go_on(problem: Path, undisturbed: Path, tmp_path: Path) -> None:

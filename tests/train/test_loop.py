@@ -88,6 +88,21 @@ def test_a_started_phase_may_change_its_learning_rate_but_not_its_loss(
     assert "settings that changed since the checkpoint" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_killed_phase_in_bf16_ends_in_the_same_weights_to_the_bit(folder: Path, stage: int) -> None:
+    settings = {"precision": "bf16", "zero": {"stage": stage}, "ema": {"decay": 0.9}}
+    whole = phase_job(folder, phase=settings, name=f"bf16-{stage}")
+    train_phase(whole)
+    job = phase_job(folder, phase=settings, name=f"bf16-{stage}-killed")
+    with pytest.raises(Killed):
+        train_phase(job, report=kill_after(5))
+    train_phase(job)
+    assert same_bytes(whole, job)
+    assert same_bytes(whole, job, "ema.safetensors")
+    assert logged(job) == logged(whole)
+    assert not same_bytes(whole, phase_job(folder)), "trained in fp32, weights are others"
+
+
 def test_the_next_phase_starts_from_the_weights_handed_over(folder: Path) -> None:
     first = phase_job(folder)
     second = phase_job(folder, phase={"steps": 1, "optimizer": {"student": {"lr": 1e-9}}}, name="second")
