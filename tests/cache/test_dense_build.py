@@ -7,17 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 from conftest_cache import InProcess, Killed, cache_bytes
-from dense_toys import BuiltImages, ToyDenoiser, build_images, image_config, toy_denoiser, write_image_inputs
+from dense_toys import (
+    SCHEDULE,
+    BuiltImages,
+    ToyDenoiser,
+    build_images,
+    image_config,
+    model_folder,
+    toy_denoiser,
+    write_image_inputs,
+)
+from diffusers import UNet2DModel
+from PIL import Image
 
-from raydistill.cache.build import build_signal
+from raydistill.cache.build import build_inputs, build_signal
 from raydistill.cache.content import signal_content
 from raydistill.cache.dense import dense_name, read_dense, row_sha, write_dense
 from raydistill.cache.dense_batch import draws_of
 from raydistill.cache.dense_capture import OWN_FIELDS, capture_draws, signal_meta
 from raydistill.cache.ledger import write_damaged
 from raydistill.cache.manifest import Manifest, fingerprint_of
+from raydistill.cache.open import open_dataset
+from raydistill.cache.verify import verify
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import NoiseConfig
+from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError, DataError, VerificationFailed
 from raydistill.signals import Batch
 from raydistill.storage import Store
@@ -221,3 +235,38 @@ def test_a_run_of_another_seed_makes_another_cache_beside_the_first(in_process: 
     second = build_images(other)
     assert second.inputs.uri == first.inputs.uri, "noise is no part of the inputs"
     assert second.signal.uri != first.signal.uri
+
+
+def test_images_of_a_folder_become_the_batches_that_a_denoiser_was_asked(in_process: InProcess, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for i in range(7):
+        pixels = torch.randint(0, 256, (12 + 8 * (i % 2), 12, 3), dtype=torch.uint8, generator=generator)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+    )  # fmt: skip
+    folder = model_folder(tmp_path / "unet")
+    network.save_pretrained(folder)
+    source = {"paths": [str(tmp_path / "images")], "buckets": [[8, 8], [16, 8]], "shard_rows": 2}
+    model = {"library": "diffusers", "source": str(folder), "dtype": "float32"}
+    teacher = {"model": model, "store_dtype": "float32"}
+    config = image_config(tmp_path, teachers=(teacher,), source=source, evaluate={"held_out": 0.3})
+    caches = Store(config.cache.dir)
+    inputs, manifest = build_inputs(config, caches)
+    signals = {"t0": build_signal(config, config.teachers[0], inputs, manifest, caches)}
+    assert verify(config, inputs, manifest, signals) == []
+    process, seen = Process.from_scheduler({**SCHEDULE, "prediction_type": "epsilon"}), 0
+    for split in ("train", "held_out"):
+        dataset = open_dataset(config, inputs, {"t0": signals["t0"][0]}, split=split, fields={"t0": ("prediction",)})
+        for index in range(dataset.num_rows):
+            batch = dataset.batch([index])
+            x_t = process.noisy(batch["latents"], batch["noise"], batch["timestep"])
+            with torch.no_grad():
+                said = network.eval()(x_t, batch["timestep"]).sample
+            assert torch.allclose(batch["t0/prediction"], said, atol=1e-4)
+            seen += 1
+    assert seen == 7 * 2
