@@ -21,10 +21,10 @@ from raydistill.cache.dense import dense_name
 from raydistill.cache.shards import open_shard
 from raydistill.config.sources import ImagesSource
 from raydistill.errors import DataError
-from raydistill.sources.buckets import nearest_bucket
+from raydistill.signals import JsonValue
 from raydistill.sources.image_files import Place
 from raydistill.sources.images import ImageRow, Lost, Unit, rows
-from raydistill.sources.pixels import Bucket, caption_sha
+from raydistill.sources.pixels import Bucket, caption_sha, nearest_bucket
 from raydistill.storage import Store
 
 IMAGES_FORMAT = 1
@@ -62,7 +62,18 @@ def publish_tasks(staging: Store, work: Sequence[Unit]) -> None:
         staging.publish(name, text)
 
 
-def stage_unit(staging: Store, index: int, source: ImagesSource, held_out: float) -> int:
+class IndexWorker:
+    """Reads and decodes units of images, once, and stages what is to be known of them."""
+
+    def __init__(self, source: ImagesSource, held_out: float, staging: str):
+        self._source, self._held_out, self._staging = source, held_out, Store(staging)
+
+    def __call__(self, index: int) -> dict[str, JsonValue]:
+        """Stage unit `index`."""
+        return {"unit": int(index), "rows": _stage_unit(self._staging, int(index), self._source, self._held_out)}
+
+
+def _stage_unit(staging: Store, index: int, source: ImagesSource, held_out: float) -> int:
     """Read unit `index` and write the table of its rows. Returns their number."""
     unit = Unit.from_json(json.loads(staging.read(task_file(index))))
     lost = Lost()

@@ -9,14 +9,13 @@ from functools import partial
 import pyarrow as pa
 
 from raydistill.cache.image_encode import EncodeWorker
-from raydistill.cache.image_index import plan_shards, publish_plan, publish_tasks, stage_unit, staged_unit, unit_file
+from raydistill.cache.image_index import IndexWorker, plan_shards, publish_plan, publish_tasks, staged_unit, unit_file
 from raydistill.cache.ledger import Ledger, changed_hashes, is_described, read_description
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import map_over_actors, map_shards, require_cluster
 from raydistill.cache.shards import read_records
 from raydistill.cache.staging import STAGING
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource
 from raydistill.progress import Progress
 from raydistill.signals import JsonValue
 from raydistill.sources.buckets import buckets_of
@@ -90,7 +89,7 @@ def _indexed(config: RunConfig, staging: Store) -> tuple[list[pa.Table], Lost]:
     work = units(source)
     publish_tasks(staging, work)
     wave = len(work) if source.max_rows is None else FIRST_WAVE
-    make = partial(_IndexWorker, source, config.evaluate.held_out, staging.uri)
+    make = partial(IndexWorker, source, config.evaluate.held_out, staging.uri)
     tables: list[pa.Table] = []
     lost = Lost()
     done = 0
@@ -110,16 +109,6 @@ def _indexed(config: RunConfig, staging: Store) -> tuple[list[pa.Table], Lost]:
                 lost.images += missing.images
                 done += table.num_rows
     return tables, lost
-
-
-class _IndexWorker:
-    """Reads and decodes units of images, once, and stages what is to be known of them."""
-
-    def __init__(self, source: ImagesSource, held_out: float, staging: str):
-        self._source, self._held_out, self._staging = source, held_out, Store(staging)
-
-    def __call__(self, index: int) -> dict[str, JsonValue]:
-        return {"unit": int(index), "rows": stage_unit(self._staging, int(index), self._source, self._held_out)}
 
 
 def _tell(lost: Lost, num_rows: int) -> None:

@@ -1,9 +1,6 @@
-"""Buckets: the few sizes that images are brought to, and which of them suits an image."""
+"""Buckets: the few sizes that images are brought to."""
 
 from __future__ import annotations
-
-import math
-from functools import lru_cache
 
 from diffusers.training_utils import generate_aspect_ratio_buckets
 
@@ -24,19 +21,3 @@ def buckets_of(source: ImagesSource) -> tuple[Bucket, ...]:
     wide = [(1.0, ratio) for ratio in WIDE_RATIOS] + [(ratio, 1.0) for ratio in WIDE_RATIOS]
     found |= {(int(h), int(w)) for h, w in generate_aspect_ratio_buckets(side, source.bucket_step, wide)}
     return tuple(sorted(b for b in found if max(b) <= source.max_aspect * min(b)))
-
-
-@lru_cache(maxsize=65536)
-def nearest_bucket(height: int, width: int, buckets: tuple[Bucket, ...]) -> Bucket:
-    """The bucket whose ratio of sides is nearest to the image's on a logarithmic scale; of equal ones the nearest in
-    area, then the first.
-
-    diffusers' `find_nearest_bucket` measures in pixels of the bucket, which favours small buckets where areas differ.
-    """
-
-    def distance(bucket: Bucket) -> tuple[float, float, Bucket]:
-        ratio = math.log(height / width) - math.log(bucket[0] / bucket[1])
-        area = math.log(height * width) - math.log(bucket[0] * bucket[1])
-        return round(abs(ratio), 9), round(abs(area), 9), bucket
-
-    return min(buckets, key=distance)

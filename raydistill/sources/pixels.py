@@ -1,8 +1,10 @@
-"""From the bytes of an image file to the pixels of a bucket."""
+"""From the bytes of an image file to the pixels of the bucket that suits it."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from functools import lru_cache
 from io import BytesIO
 from typing import TypeAlias
 
@@ -84,6 +86,22 @@ def time_ids(original: tuple[int, int], corner: tuple[int, int], bucket: Bucket)
     """SDXL's size conditioning in the order of diffusers: original height and width, top and left of the crop, height
     and width of the bucket (Podell et al. 2023, arXiv 2307.01952, §2.2)."""
     return (*original, *corner, *bucket)
+
+
+@lru_cache(maxsize=65536)
+def nearest_bucket(height: int, width: int, buckets: tuple[Bucket, ...]) -> Bucket:
+    """The bucket whose ratio of sides is nearest to the image's on a logarithmic scale; of equal ones the nearest in
+    area, then the first.
+
+    diffusers' `find_nearest_bucket` measures in pixels of the bucket, which favours small buckets where areas differ.
+    """
+
+    def distance(bucket: Bucket) -> tuple[float, float, Bucket]:
+        ratio = math.log(height / width) - math.log(bucket[0] / bucket[1])
+        area = math.log(height * width) - math.log(bucket[0] * bucket[1])
+        return round(abs(ratio), 9), round(abs(area), 9), bucket
+
+    return min(buckets, key=distance)
 
 
 def caption_sha(caption: str) -> str:

@@ -23,9 +23,9 @@ from raydistill.config.sources import ImagesSource
 from raydistill.errors import DataError
 from raydistill.models.sources import folder_sha256
 from raydistill.sources import image_files, images
-from raydistill.sources.buckets import buckets_of, nearest_bucket
+from raydistill.sources.buckets import buckets_of
 from raydistill.sources.images import ImageRow, Lost, require_enough, rows, units
-from raydistill.sources.pixels import Unreadable, decoded, fitted, time_ids
+from raydistill.sources.pixels import Unreadable, decoded, fitted, nearest_bucket, time_ids
 
 WHITE = (255, 255, 255)
 TEXT = ({"source": "text encoder that nobody loads here"},)
