@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -55,6 +55,8 @@ class Measured:
     process: Process
     guidance_scale: float | None = None
     """Of its images, where it is not that of the configuration."""
+    size: Mapping[str, float] = field(default_factory=dict)
+    """Parameters, and their bytes in the number format of the configuration."""
 
 
 def check_images(config: RunConfig) -> None:
@@ -79,7 +81,7 @@ def evaluate_images(job: EvaluateJob) -> Evaluation:
         line = lines.setdefault(model.who, {})
         if not model.who.startswith("teacher/"):
             line |= evaluate_denoiser(model.network, rows)
-        line |= {**model_size(model.network), **forward_costs(model, rows)}
+        line |= {**model.size, **forward_costs(model, rows)}
         if model.who.startswith("teacher/") or model.who in WITH_PICTURES:
             line |= gallery.add(model.who, model.network, model.process, model.guidance_scale)
         del model
@@ -113,13 +115,21 @@ def _models(job: EvaluateJob) -> Iterator[Measured]:
     """The models, loaded when their turn comes."""
     for teacher in _denoisers(job.config):
         network: nn.Module = load_denoiser(teacher.model)
-        network.to(device())
-        yield Measured(f"teacher/{teacher.name}", network, process_of(teacher.model), teacher.guidance_scale)
+        size, network = model_size(network), _ready(network)
+        yield Measured(f"teacher/{teacher.name}", network, process_of(teacher.model), teacher.guidance_scale, size)
         del network
     for role in job.students:
         student = student_in(job, role)
-        yield Measured(role, student, process_in(student))
+        size, student = model_size(student), _ready(student)
+        yield Measured(role, student, process_in(student), size=size)
         del student
+
+
+def _ready(network: nn.Module) -> nn.Module:
+    """A network where it is measured. A CPU computes float16 by detours, so there the same numbers are held in fp32."""
+    place = device()
+    half = any(p.dtype == torch.float16 for p in network.parameters())
+    return network.to(place, torch.float32) if half and place.type == "cpu" else network.to(place)
 
 
 @torch.no_grad()

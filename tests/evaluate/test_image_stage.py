@@ -225,3 +225,14 @@ def test_subjects_are_spread_and_captions_differ_as_long_as_there_are_others() -
     assert len({s.caption for s in spread(subjects, 4)}) == 4
     assert [s.index for s in spread(subjects, 10)] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
     assert [s.index for s in spread(subjects[:2], 8)] == [0, 1]
+
+
+def test_half_precision_is_measured_in_fp32_on_a_cpu_but_counts_with_its_own_bytes(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    model = config.student.model.model_copy(update={"dtype": "float16"})
+    config = config.model_copy(update={"student": config.student.model_copy(update={"model": model})})
+    job = job_of(tmp_path, config)
+    metrics = evaluate_run(replace(job, weights={"student": job.weights["student"]})).metrics
+    if not torch.cuda.is_available():
+        assert metrics["comparison"]["bytes_ratio"] == 0.5
+    assert 0 < metrics["student"]["mse_to/red"] < 1e-5  # the weights are rounded
