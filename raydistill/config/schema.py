@@ -33,7 +33,7 @@ class CacheConfig(Config):
 
 
 class TeacherResources(Config):
-    """Resources of the teacher actors."""
+    """Resources of the teacher actors, and of those that encode images and captions."""
 
     actors: tuple[int, int] = (1, 1)
     """Fewest and most actors per teacher."""
@@ -81,7 +81,7 @@ class TrainResources(Config):
 
 
 class DecodeResources(Config):
-    """Resources of the workers that read and tokenise inputs."""
+    """Resources of the workers that read and tokenise text, or read and decode images."""
 
     cpus: float = Field(default=1, gt=0)
     """CPUs per worker."""

@@ -141,7 +141,7 @@ class ImagesSource(Config):
     """Name of an inputs cache in `cache.dir`, e.g. `inputs-0123456789abcdef`, that was imported
     (`python -m raydistill.cache.per_sample import`) and is used as it is; `paths` then only says where it is from."""
     image_key: str = "image"
-    """Column of the image bytes in Parquet."""
+    """Column of the image bytes in Parquet, as such or in the field `bytes` of a struct."""
     caption_key: str = "caption"
     """Column, metadata key or JSON key of the caption."""
     resolution: int = Field(default=1024, ge=8)
@@ -165,7 +165,9 @@ class ImagesSource(Config):
     encode_rows: int = Field(default=8, ge=1)
     """Images (and captions) encoded at a time. A part of the cache's identity."""
     max_corrupt: float = Field(default=0.01, ge=0, le=1)
-    """Share of unreadable images above which the run stops; those below are named, counted and left out."""
+    """Share of unusable images above which the run stops; below it they are named, counted and left out. An image is
+    unusable when it cannot be decoded or, where text encoders are to read its caption, has none (an empty one is one).
+    """
     max_rows: int | None = Field(default=None, ge=1)
     """Stop after this many images (in source order)."""
     shard_rows: int = Field(default=256, ge=1)
