@@ -17,7 +17,8 @@ WEIGHT_FILES = {
     "safetensors": ["model*.safetensors"],
     "bin": ["pytorch_model*.bin"],
 }
-VARIANTS = (".fp16.", ".bf16.", ".non_ema.", ".msgpack", "openvino", "flax")
+SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 """Marks of files that hold the same weights once more in another form."""
 
 
@@ -38,13 +39,15 @@ def hub_folder(repo: str, revision: str | None = None, *, weights: bool) -> Path
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
-def hub_parts(repo: str, revision: str | None = None, *, folders: Sequence[str], weights: bool) -> Path:
-    """The snapshot folder of a pipeline's repository, with the files of those of `folders` that it has ("": its top).
+def hub_parts(
+    repo: str, revision: str | None = None, *, folders: Sequence[str], beside: Sequence[str] = (), weights: bool
+) -> Path:
+    """The snapshot folder of a pipeline's repository ("" is its top); the folder's name is the commit.
 
-    Small files always, weights (safetensors alone, without variants) if wanted. The folder's name is the commit. When
+    It has the small files of `folders` and `beside`, as far as they exist. With `weights` also the safetensors of the
+    first of `folders` that has a configuration, without variants: whole checkpoints often lie beside the parts. When
     the Hub does not answer, what was downloaded before is used; `DataError` when that is nothing.
     """
-    suffixes = (".json", ".jinja", ".txt", ".model", *((".safetensors",) if weights else ()))
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -54,15 +57,17 @@ def hub_parts(repo: str, revision: str | None = None, *, folders: Sequence[str],
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             raise _nowhere(repo, first_line(error)) from error
-    files = [PurePosixPath(file.rfilename) for file in info.siblings or []]
-    wanted = [
-        str(file)
-        for file in files
-        if str(file.parent).removeprefix(".") in folders
-        and file.name.endswith(suffixes)
-        and not any(mark in file.name for mark in VARIANTS)
-    ]
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    inside: dict[str, list[PurePosixPath]] = {}
+    for sibling in info.siblings or []:
+        file = PurePosixPath(sibling.rfilename)
+        inside.setdefault(str(file.parent).removeprefix("."), []).append(file)
+    small = [f for folder in {*folders, *beside} for f in inside.get(folder, []) if f.suffix in SMALL_SUFFIXES]
+    heavy: list[PurePosixPath] = []
+    if weights:
+        having = [f for f in folders if any(file.name == "config.json" for file in inside.get(f, []))]
+        own = inside.get(having[0] if having else "", [])
+        heavy = [f for f in own if f.suffix == ".safetensors" and not any(mark in f.name for mark in VARIANTS)]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=sorted(map(str, [*small, *heavy]))))
 
 
 def _downloaded(repo: str, revision: str | None, *, weights: bool, reason: str) -> Path:

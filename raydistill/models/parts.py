@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from raydistill.errors import DataError
 from raydistill.models.hashes import file_hashes
-from raydistill.models.hub import hub_parts
+from raydistill.models.hub import VARIANTS, hub_parts
 from raydistill.models.sources import resolve_source
 from raydistill.signals import JsonValue
 
@@ -61,7 +61,7 @@ class Part:
     def weights(self) -> list[Path]:
         """Its safetensors files, sorted."""
         files = [self.root] if self.is_file else sorted(self.folder.glob("*.safetensors"))
-        return [file for file in files if not any(mark in file.name for mark in (".fp16.", ".bf16.", ".non_ema."))]
+        return [file for file in files if not any(mark in file.name for mark in VARIANTS)]
 
     def identity(self) -> dict[str, JsonValue]:
         """What decides the results, for fingerprints: config.json without idle keys, and hashes of the weights or the
@@ -96,7 +96,7 @@ def find_part(
     commit = None
     if isinstance(place, str):
         folders = [subfolder] if subfolder is not None else [*names, ""]
-        root = hub_parts(place, revision, folders=[*folders, *beside], weights=weights)
+        root = hub_parts(place, revision, folders=folders, beside=beside, weights=weights)
         commit = (place, root.name)
     else:
         root = place

@@ -169,14 +169,14 @@ def test_weights_in_a_pickle_are_not_run(folder: Path, tmp_path: Path) -> None:
 def test_hub_parts_are_asked_for_encoder_and_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def snapshot(repo: str, revision: str | None, *, folders: list[str], weights: bool) -> Path:
-        asked.append((repo, revision, tuple(folders), weights))
+    def snapshot(repo: str, revision: str | None, *, folders: list[str], beside: list[str], weights: bool) -> Path:
+        asked.append((repo, revision, *folders, "beside", *beside, weights))
         return folder
 
     monkeypatch.setattr(parts, "hub_parts", snapshot)
     config = TextEncoderConfig(source="org/model", subfolder="text_encoder_2", revision="v1", pooled="projection")
     identity = text_identity(config)
-    assert set(asked) == {("org/model", "v1", ("text_encoder_2", "tokenizer_2", ""), False)}
+    assert set(asked) == {("org/model", "v1", "text_encoder_2", "beside", "tokenizer_2", "", False)}
     assert (identity["hub"], identity["commit"], identity["subfolder"]) == ("org/model", folder.name, "text_encoder_2")
     assert "weights" not in identity
 

@@ -48,7 +48,8 @@ def captions(source: ImagesSource) -> dict[str, str]:
 # --- one image --------------------------------------------------------------------------------------------------
 
 
-def test_orientation_by_exif_is_undone() -> None:
+@pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_orientation_by_exif_is_undone(format: str, options: dict[str, Any]) -> None:
     upright = Image.fromarray(picture(1, 8, 6))
     stored_as = {
         1: lambda i: i, 2: lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT), 3: lambda i: i.rotate(180),
@@ -59,7 +60,7 @@ def test_orientation_by_exif_is_undone() -> None:
     for orientation, store in stored_as.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        found = decoded(png(store(upright), exif=exif), WHITE)
+        found = decoded(png(store(upright), format, exif=exif, **options), WHITE)
         assert np.array_equal(np.asarray(found), np.asarray(upright)), orientation
 
 
