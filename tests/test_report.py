@@ -282,7 +282,7 @@ def test_an_only_teachers_error_to_itself_is_not_drawn_on_a_logarithmic_axis(tmp
 
 
 def test_large_images_are_made_smaller_and_small_ones_keep_their_pixels(tmp_path: Path) -> None:
-    small, large = (Store(fake_image_run(tmp_path / str(side), side=side)) for side in (32, 1024))
+    small, large = (Store(fake_image_run(tmp_path / str(side), side=side)) for side in (32, 400))
     for run, pixelated, longest in ((small, True, 32), (large, False, 320)):
         found = gallery(run, json.loads(run.read_text("samples.json")))
         assert found is not None
@@ -314,3 +314,15 @@ def test_the_lede_of_denoisers_speaks_of_errors_and_of_what_is_possible(tmp_path
         "Its held-out error to its teachers is 0.0132, against 0.0046 at best (as the teachers differ), 0.021 for the "
         "same student trained without one and 1.02 before training."
     )
+
+
+def test_a_model_that_nobody_taught_is_called_trained(tmp_path: Path) -> None:
+    run = Store(fake_image_run(tmp_path))
+    metrics = json.loads(run.read_text("metrics.json"))
+    for role in ("teacher", "teachers", "student_ce"):
+        del metrics[role]
+    run.publish("metrics.json", json.dumps(metrics))
+    text = _parsed(render_report(run)).text
+    assert "Trained student" in text
+    assert "Before and after training" in text
+    assert "Distilled student" not in text

@@ -14,7 +14,8 @@ from raydistill.config.recipes import NoisePredictionRecipe, RecipeConfig
 from raydistill.config.schema import RunConfig
 from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig
 from raydistill.evaluate.comparison import Line
-from raydistill.export.card import columns, lines_of, phase_line, rendered, shown, table, versions
+from raydistill.export.card import columns, lines_of, phase_line, rendered, table, versions
+from raydistill.export.card import shown as shown_whole
 from raydistill.models.student import export_student
 from raydistill.signals import JsonValue
 
@@ -85,8 +86,8 @@ models relate.
 
 ## Limits
 
-The model learnt from the data above alone and inherits the faults of its teachers. The licence of the teachers' weights
-and of the data apply.
+The model learnt from the data above alone{% if teachers %} and inherits the faults of its teachers. The licences of the
+teachers' weights and of the data apply{% else %}. The licence of the data applies{% endif %}.
 
 ## Versions
 
@@ -108,6 +109,11 @@ from diffusers import {network}, {scheduler}
 
 denoiser = {network}.from_pretrained("path/to/this/folder", subfolder="{folder}")
 scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")"""
+
+
+def shown(source: str) -> str:
+    """A source as others can use it, without its hash."""
+    return shown_whole(source).partition("#")[0]
 
 
 def write_images(config: RunConfig, student: nn.Module, folder: Path) -> None:

@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from raydistill.report import page
 from raydistill.report.curves import held_out_figures, in_thirds, loss_figures, machine_figures, read_log
 from raydistill.report.images import gallery, timestep_figures
-from raydistill.report.words import IMAGE_PARTS, PARTS, ROLE_NAMES, lede
+from raydistill.report.words import IMAGE_PARTS, PARTS, ROLE_NAMES, lede, role_names
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -33,6 +33,7 @@ def render_report(run: Store) -> str:
     stats = page.section(_json(run, "cache_stats.json"))
     log, baseline = read_log(run, "metrics.jsonl"), read_log(run, "baseline/metrics.jsonl")
     teachers, student = page.players(config)
+    names = role_names(metrics) if metrics else ROLE_NAMES
     samples = page.section(_json(run, "samples.json"))
     of_images = page.section(config.get("source")).get("kind") == "images"
     teacher_names, teacher_rows = page.teacher_rows(metrics) if of_images else ([], [])
@@ -46,8 +47,9 @@ def render_report(run: Store) -> str:
         student=student,
         lede=lede(metrics),
         tiles=page.tiles(metrics),
-        roles=[(role, ROLE_NAMES[role]) for role in page.measured(metrics)],
-        role_names=ROLE_NAMES,
+        roles=[(role, names[role]) for role in page.measured(metrics)],
+        role_names=names,
+        taught=bool(page.section(metrics.get("teacher"))) or not of_images,
         standing=[f for f in (page.quality_figure(metrics), page.closeness_figure(metrics)) if f],
         rows=page.comparison_rows(metrics),
         held_out=page.held_out_words(metrics),
@@ -59,7 +61,7 @@ def render_report(run: Store) -> str:
         evaluations=held_out_figures(log, baseline),
         machine=machine_figures(log),
         benchmarks=page.benchmarks(metrics),
-        gallery=gallery(run, samples),
+        gallery=gallery(run, samples, names),
         samples=[] if samples.get("kind") == "images" else page.samples(samples),
         of_images=of_images,
         inputs=page.cache_facts(stats),

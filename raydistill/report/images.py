@@ -12,7 +12,7 @@ from PIL import Image
 
 from raydistill.report.charts import WIDE, Series, line_chart, needs_log, number
 from raydistill.report.curves import Figure
-from raydistill.report.words import ROLE_NAMES, Metric, as_number, said, size
+from raydistill.report.words import ROLE_NAMES, Metric, as_number, role_names, said, size
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -44,8 +44,11 @@ class Gallery:
     """Whether the images are so small that their pixels should stay visible."""
 
 
-def gallery(run: Store, content: Json) -> Gallery | None:
-    """The grid of samples.json, with the files it names inlined; None where there are no images."""
+def gallery(run: Store, content: Json, names: Mapping[str, str] = ROLE_NAMES) -> Gallery | None:
+    """The grid of samples.json, with the files it names inlined; None where there are no images.
+
+    `names` are those of the roles.
+    """
     rows = content.get("samples")
     if content.get("kind") != "images" or not isinstance(rows, list):
         return None
@@ -59,7 +62,7 @@ def gallery(run: Store, content: Json) -> Gallery | None:
         images = [_inlined(run, name) for name in files]
         side = max([side, *(longest for _, longest in images)])
         shown.append(GalleryRow(str(row.get("prompt", "")), tuple(uri for uri, _ in images)))
-    heads = [("Held-out image", "held_out"), *(_head(who) for who in columns)]
+    heads = [("Held-out image", "held_out"), *(_head(who, names) for who in columns)]
     return Gallery(tuple(heads), tuple(shown), _how(content), pixelated=side <= 96) if shown else None
 
 
@@ -68,8 +71,8 @@ def _teachers(outputs: Sequence[Json]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _head(who: str) -> tuple[str, str]:
-    return (who.removeprefix("teacher/"), "teacher") if who.startswith("teacher/") else (ROLE_NAMES[who], who)
+def _head(who: str, names: Mapping[str, str]) -> tuple[str, str]:
+    return (who.removeprefix("teacher/"), "teacher") if who.startswith("teacher/") else (names[who], who)
 
 
 def _how(content: Json) -> str:
@@ -104,12 +107,13 @@ def timestep_figures(metrics: Json) -> list[Figure]:
         return []
     middles = [(a + b) / 2 for a, b in pairwise(v for v in map(as_number, edges) if v is not None)]
     lines = {role: _bins(metrics.get(role)) for role in ROLE_NAMES}
+    names = role_names(metrics)
     goal = "Teachers among themselves" if isinstance(metrics.get("teachers"), Mapping) else "Teacher"
     single = [(name, values) for name, values in lines["student"].items() if name.startswith("mse_to/")]
     figures = [
         _over_time(
             "Error to the teachers by timestep", "no student gets below the line of the teachers",
-            [_series({**ROLE_NAMES, "teacher": goal}[r], r, middles, bins.get("mse_to_teacher"))
+            [_series({**names, "teacher": goal}[r], r, middles, bins.get("mse_to_teacher"))
              for r, bins in lines.items()],
         ),
         _over_time(
@@ -119,7 +123,7 @@ def timestep_figures(metrics: Json) -> list[Figure]:
         ),
         _over_time(
             "Error to the truth by timestep", "against the noise that was really mixed in",
-            [_series(ROLE_NAMES[r], r, middles, bins.get("mse_to_noise")) for r, bins in lines.items()],
+            [_series(names[r], r, middles, bins.get("mse_to_noise")) for r, bins in lines.items()],
         ),
     ]  # fmt: skip
     return [f for f in figures if f is not None]

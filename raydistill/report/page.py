@@ -19,6 +19,7 @@ from raydistill.report.words import (
     as_number,
     duration,
     metric_of,
+    role_names,
     said,
     size,
     spoken,
@@ -100,8 +101,9 @@ def quality_figure(metrics: Json) -> Figure | None:
     """Where every model stands on the metric that ranks them."""
     comparison = section(metrics.get("comparison"))
     name = str(comparison.get("quality_metric", ""))
-    values = {role: as_number(comparison.get(f"{role}_quality")) for role in ROLE_NAMES}
-    bars = [Bar(ROLE_NAMES[r], v, number(v), r) for r, v in values.items() if v is not None]
+    names = role_names(metrics)
+    values = {role: as_number(section(metrics.get(role)).get(name)) for role in names}
+    bars = [Bar(names[r], v, number(v), r) for r, v in values.items() if v is not None]
     if len(bars) < 2:
         return None
     log = all(b.value > 0 for b in bars) and max(b.value for b in bars) > 8 * min(b.value for b in bars)
@@ -115,12 +117,13 @@ def quality_figure(metrics: Json) -> Figure | None:
 
 def closeness_figure(metrics: Json) -> Figure | None:
     """How far each student is from the teacher."""
+    names = role_names(metrics)
     ranked = section(metrics.get("comparison")).get("quality_metric")
     for metric in METRICS:
         if metric.name not in CLOSENESS or metric.name == ranked:
             continue
-        values = {r: as_number(section(metrics.get(r)).get(metric.name)) for r in ROLE_NAMES if r != "teacher"}
-        bars = [Bar(ROLE_NAMES[r], v, said(v, metric.unit), r) for r, v in values.items() if v is not None]
+        values = {r: as_number(section(metrics.get(r)).get(metric.name)) for r in names if r != "teacher"}
+        bars = [Bar(names[r], v, said(v, metric.unit), r) for r, v in values.items() if v is not None]
         if len(bars) > 1:
             log = min(b.value for b in bars) > 0 and max(b.value for b in bars) > 20 * min(b.value for b in bars)
             note = metric.meaning + (", logarithmic axis" if log else "")

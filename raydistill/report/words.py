@@ -17,6 +17,8 @@ ROLE_NAMES = {
     "student_ema": "Distilled, averaged",
 }
 """Who is measured, in the order of columns."""
+ALONE_NAMES = {**ROLE_NAMES, "student": "Trained student", "student_ema": "Trained, averaged"}
+"""The same where nobody was a teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,11 @@ IN_TABLE_ELSEWHERE = {
 """Entries of a model's line that the table leaves to other places."""
 SPOKEN = {"mse_to_teacher": "error to its teachers", "mse_to_noise": "error"}
 """How a sentence calls the metric that ranks the models, where its name would not do."""
+
+
+def role_names(metrics: Mapping[str, JsonValue]) -> dict[str, str]:
+    """What the page calls the models of a run."""
+    return ROLE_NAMES if _line(metrics, "teacher") else ALONE_NAMES
 
 
 def metric_of(name: str) -> Metric | None:
