@@ -102,7 +102,7 @@ def test_a_name_forgets_folders_and_hashes() -> None:
 
 def test_files_that_are_no_extractor_are_errors_that_name_the_key(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "weights.pt")
-    with pytest.raises(DataError, match="feature_extractor.*torch.jit.save"):
+    with pytest.raises(DataError, match=r"feature_extractor.*torch\.jit\.save"):
         Extractor(str(tmp_path / "weights.pt"), 8, CPU)
     with pytest.raises(DataError, match="nothing there"):
         Extractor(str(tmp_path / "absent.pt"), 8, CPU)
@@ -117,8 +117,8 @@ def test_resizing_keeps_flat_colour_and_range() -> None:
 
 
 def _clip_folder(folder: Path) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
     from toys import tiny_tokenizer
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
