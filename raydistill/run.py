@@ -1,4 +1,4 @@
-"""The command line: `python -m raydistill.run FILES… [key=value …] [--stages a,b] [--check] [--plan] [--debug]`.
+"""The command line: `python -m raydistill.run FILES… [key=value …] [--stages a,b | --tune FILE] [--check | --plan]`.
 
 Ray, torch and everything that needs them are imported inside functions, so that `--check` and a misspelt key answer
 in a fraction of a second and on a machine that has neither.
@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from raydistill import errors
-from raydistill.config.load import OVERRIDE, load_config
+from raydistill.config.load import OVERRIDE, Draft, read_draft
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
 from raydistill.errors import ConfigError, Interrupted, RaydistillError
@@ -33,6 +33,7 @@ examples:
   raydistill configs/lm_topk.yaml --check
   raydistill configs/lm_topk.yaml --plan plan.accelerator=H200
   raydistill configs/lm_topk.yaml --stages verify
+  raydistill configs/lm_topk.yaml --tune tune/alpha_temperature.yaml
   ray job submit --working-dir . -- python -m raydistill.run configs/lm_topk.yaml
 
 Files merge left to right: maps merge, lists are replaced. Overrides come last; their values are YAML, and numbers in a
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="raydistill",
-        usage="%(prog)s FILE [FILE ...] [key=value ...] [--stages NAMES] [--check | --plan] [--debug]",
+        usage="%(prog)s FILE [FILE ...] [key=value ...] [--stages NAMES | --tune FILE] [--check | --plan] [--debug]",
         description="Distil a teacher into a student: inputs, teacher signals, verification, training, evaluation, "
         "export and report.",
         epilog=EPILOG,
@@ -75,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="+", metavar="FILE | key=value", help="configuration files, then overrides")
-    parser.add_argument("--stages", metavar="NAMES", help="run exactly these stages, separated by commas")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stages", metavar="NAMES", help="run exactly these stages, separated by commas")
+    what.add_argument("--tune", metavar="FILE", help="train many students over a search space, from one cache")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="check the configuration and do nothing else")
     instead.add_argument("--plan", action="store_true", help="say what the run will cost and do nothing else")
@@ -89,13 +92,19 @@ def _act(options: argparse.Namespace) -> None:
     if not files:
         raise ConfigError("wanted at least one configuration file, found only overrides; e.g. configs/quickstart.yaml")
     stages = parse_stages(options.stages) if options.stages is not None else None
-    config = load_config(files, overrides)
+    draft = read_draft(files, overrides)
+    config = draft.config()
     if options.check:
-        print(f"{config.name}: the configuration is valid ({_summary(config)})")
+        tuned = f"; {_space(options.tune, draft)}" if options.tune is not None else ""
+        print(f"{config.name}: the configuration is valid ({_summary(config)}{tuned})")
     elif options.plan:
         from raydistill.plan import plan, table
 
         print(table(plan(resolve_paths(config))))
+    elif options.tune is not None:
+        from raydistill.search.sweep import run_sweep
+
+        run_sweep(draft, options.tune)
     else:
         from raydistill.pipeline import run
 
@@ -113,6 +122,16 @@ def parse_stages(text: str) -> tuple[str, ...]:
     if not names:
         raise ConfigError(f"--stages: wanted at least one of {', '.join(STAGES)}; found none.")
     return tuple(stage for stage in STAGES if stage in names)
+
+
+def _space(file: str, draft: Draft) -> str:
+    """A search space in words, once it is checked."""
+    from raydistill.config.tune import load_space
+
+    space = load_space(file, draft)
+    points = space.points()
+    trials = space.sweep.trials if points is None else len(points)
+    return f"{trials} trials over {', '.join(space.sweep.keys)}"
 
 
 def _summary(config: RunConfig) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,7 +95,7 @@ def read_section(file: str | FilePath, schema: type[S]) -> tuple[S, Origins]:
     """The section in a file of its own, whose dotted keys are names and not paths, and where its values stand."""
     data, lines = read_yaml(FilePath(file))
     origins = {path: f"{file}, line {line}" for path, line in lines.items() if path}
-    return _accepted(data, schema, origins, {}), origins
+    return _accepted(cast(dict[str, Node], data), schema, origins, {}), origins
 
 
 def validated(tree: dict[str, Node], origins: Origins) -> RunConfig:
@@ -298,9 +298,7 @@ def _elsewhere(key: str, annotation: Annotation, path: Path) -> str | None:
     return None
 
 
-def _explain(
-    detail: ErrorDetails, data: Node, schema: type[Config], origins: Origins
-) -> Iterator[tuple[Path, str]]:
+def _explain(detail: ErrorDetails, data: Node, schema: type[Config], origins: Origins) -> Iterator[tuple[Path, str]]:
     """One error of the schema's validation in our words: the path and the message."""
     path, annotation, value = _locate(detail["loc"], data, schema)
     kind = detail["type"]
@@ -321,9 +319,7 @@ def _explain(
         yield path, f"{_at(path, origins)}: wanted {wanted(annotation)}, found {described(value)}{_near(near)}."
 
 
-def _locate(
-    location: tuple[int | str, ...], data: Node, schema: type[Config]
-) -> tuple[Path, Annotation, Node]:
+def _locate(location: tuple[int | str, ...], data: Node, schema: type[Config]) -> tuple[Path, Annotation, Node]:
     """Path, annotation and value at an error's location, without the labels that pydantic adds for unions."""
     path: Path = ()
     annotation: Annotation = schema

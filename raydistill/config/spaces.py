@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from pydantic import JsonValue
 
@@ -62,7 +62,7 @@ def _compositions(total: int, count: int) -> Iterator[list[int]]:
     """All lists of `count` whole numbers ≥ 0 that sum to `total`: bars between stars."""
     for bars in combinations(range(total + count - 1), count - 1):
         ends = [-1, *bars, total + count - 1]
-        yield [high - low - 1 for low, high in zip(ends, ends[1:], strict=False)]
+        yield [high - low - 1 for low, high in pairwise(ends)]
 
 
 def size(sweep: SweepConfig) -> float:

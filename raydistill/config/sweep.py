@@ -204,7 +204,7 @@ class SweepConfig(Config):
     """What is optimised, by name or as maps. The first decides which trials stop early and which is exported; with
     several, the best compromises are reported."""
     searcher: Literal["random", "grid", "optuna"] = "random"
-    """`grid` takes every combination, `random` draws, `optuna` learns from the trials before (TPE; needs the package)."""
+    """`grid` takes every combination, `random` draws, `optuna` (a package of its own) learns from the trials before."""
     scheduler: SchedulerConfig = RunToTheEnd()
     """Which trials stop early, by kind or as a map."""
     trials: int | None = Field(default=None, ge=1)

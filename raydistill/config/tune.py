@@ -94,7 +94,9 @@ def _conditions(space: Space) -> Iterator[str]:
             values = listed(space.sweep.space[other]) if is_listed(space.sweep.space[other]) else []
             for value in wanted if isinstance(wanted, list) else [wanted]:
                 if value not in values:
-                    found = f"{other} takes {', '.join(map(repr, values))}" if values else f"{other} has no list of values"
+                    found = (
+                        f"{other} takes {', '.join(map(repr, values))}" if values else f"{other} has no list of values"
+                    )
                     yield f"space: {name}.when: {other} is never {value!r}; {found}."
 
 

@@ -1,0 +1,1 @@
+"""Sweeps: many students from one cache."""

@@ -1,0 +1,129 @@
+"""What a sweep cost, and what it would have cost with teachers that run beside every student.
+
+By the cost model: floating-point operations, from `plan`. Measured: seconds, from build.json of the caches and from the
+logs of the trials. The teachers' runs are counted from build.json, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from raydistill.cache.ledger import read_builds
+from raydistill.config.schema import RunConfig
+from raydistill.config.sources import TextSource
+from raydistill.pipeline import Run
+from raydistill.plan import ImagePlan, Plan, plan
+from raydistill.search.results import Result
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one configuration costs per unit (a token, or a draw of noise of an image); None where it is not known."""
+
+    teachers: float | None
+    """FLOP of all teachers' forward passes on one unit."""
+    cached: float | None
+    """Units in the cache."""
+    students: tuple[float | None, ...]
+    """FLOP of a training step on one unit, by phase."""
+    units: tuple[float | None, ...]
+    """Units of one optimizer step, by phase."""
+
+
+def work_of(config: RunConfig) -> Work:
+    """The cost model of a configuration whose paths are resolved."""
+    found = plan(config)
+    if isinstance(found, Plan):
+        per_unit = [t.flops_per_token for t in found.teachers]
+        students = tuple(p.flops_per_token for p in found.phases)
+        totals = [(p.tokens, p.steps) for p in found.phases]
+        cached = None if found.inputs is None else float(found.inputs.tokens)
+    else:
+        assert isinstance(found, ImagePlan), "there are two kinds of plan"
+        per_unit = [t.flops_per_draw for t in found.teachers]
+        students = tuple(p.flops_per_draw for p in found.phases)
+        totals = [(p.draws, p.steps) for p in found.phases]
+        cached = None if found.inputs is None else float(found.inputs.rows * found.draws_per_row)
+    units = tuple(total / steps if total is not None and steps else None for total, steps in totals)
+    return Work(_sum(per_unit), cached, students, units)
+
+
+def account(run: Run, results: Sequence[Result], configs: Mapping[int, RunConfig], *, began: float) -> JsonValue:
+    """The section `accounting` of sweep.json; `configs` are those of the trials by number and `began` is when the first
+    of them was made, in seconds since the epoch."""
+    known: dict[str, Work] = {}
+
+    def work(config: RunConfig) -> Work:
+        # What a trial learns from and how fast changes nothing of what a step costs.
+        key = config.model_dump_json(
+            exclude={"name": True, "run_dir": True, "phases": {"__all__": {"recipe", "optimizer"}}}
+        )
+        known[key] = known.get(key) or work_of(config)
+        return known[key]
+
+    base = work(run.config)
+    builds = [build for name, (store, _) in run.signals.items() for build in read_builds(store)]
+    teacher_seconds = sum(build.seconds for build in builds)
+    student = _sum([_student_flops(work(configs[r.record.number]), r) for r in results])
+    online_teacher = _sum([_online_flops(work(configs[r.record.number]), configs[r.record.number], r) for r in results])
+    cached = _product(base.teachers, base.cached)
+    student_seconds = sum(r.outcome.seconds for r in results)
+    units = _sum([_online_units(work(configs[r.record.number]), configs[r.record.number], r) for r in results])
+    per_unit = teacher_seconds / base.cached if base.cached and teacher_seconds else None
+    online_seconds = _product(units, per_unit)
+    return {
+        "unit": "token" if isinstance(run.config.source, TextSource) else "draw",
+        "trials": len(results),
+        "teacher_builds": len(builds),
+        "teacher_shards": sum(len(build.shards) for build in builds),
+        "teacher_shards_after_first_trial": sum(len(b.shards) for b in builds if b.started > began),
+        "cached_units": base.cached,
+        "trained_units": units,
+        "flops": _compared(cached, student, online_teacher),
+        "seconds": _compared(teacher_seconds or None, student_seconds, online_seconds),
+    }
+
+
+def _compared(teacher: float | None, students: float | None, online_teacher: float | None) -> JsonValue:
+    """Teachers once and students, against teachers beside every student."""
+    with_cache, online = _sum([teacher, students]), _sum([online_teacher, students])
+    return {
+        "teachers": teacher,
+        "students": students,
+        "with_cache": with_cache,
+        "online_teachers": online_teacher,
+        "online": online,
+        "saved": online / with_cache if online is not None and with_cache else None,
+    }
+
+
+def _student_flops(work: Work, result: Result) -> float | None:
+    parts = zip(work.students, work.units, result.outcome.phase_steps, strict=True)
+    return _sum([_product(flops, units, float(steps)) for flops, units, steps in parts])
+
+
+def _online_units(work: Work, config: RunConfig, result: Result) -> float | None:
+    """Units that the trial trained on in phases with a teacher."""
+    parts = zip(config.phases, work.units, result.outcome.phase_steps, strict=True)
+    return _sum([_product(units, float(steps)) for phase, units, steps in parts if phase.recipe.uses_teacher])
+
+
+def _online_flops(work: Work, config: RunConfig, result: Result) -> float | None:
+    return _product(work.teachers, _online_units(work, config, result))
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _product(*values: float | None) -> float | None:
+    result = 1.0
+    for value in values:
+        if value is None:
+            return None
+        result *= value
+    return result
