@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.hub import hub_folder
@@ -156,7 +156,7 @@ class ClipScore:
         try:
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+            self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"evaluate.images.clip_model: {source} is no folder of a CLIP model with its tokenizer and image "

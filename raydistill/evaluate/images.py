@@ -129,7 +129,8 @@ def _ready(network: nn.Module) -> nn.Module:
     """A network where it is measured. A CPU computes float16 by detours, so there the same numbers are held in fp32."""
     place = device()
     half = any(p.dtype == torch.float16 for p in network.parameters())
-    return network.to(place, torch.float32) if half and place.type == "cpu" else network.to(place)
+    nn.Module.to(network, place, torch.float32 if half and place.type == "cpu" else None)
+    return network
 
 
 @torch.no_grad()

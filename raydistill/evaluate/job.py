@@ -64,7 +64,9 @@ def student_of(student: str, weights: str | None, *, dtype: torch.dtype) -> nn.M
 def student_in(job: EvaluateJob, role: str) -> nn.Module:
     """The student `role` of a job, in the number format it is used in, on the GPU of this process or its CPU."""
     dtype = getattr(torch, job.config.student.model.dtype)
-    return student_of(job.student, job.weights.get(role), dtype=dtype).to(device())
+    student = student_of(job.student, job.weights.get(role), dtype=dtype)
+    nn.Module.to(student, device())
+    return student
 
 
 def device() -> torch.device:
