@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -25,7 +26,8 @@ class TransformersModel(Config):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     overrides: dict[str, JsonValue] = Field(default={})
-    """Keys of the model's own configuration to replace, e.g. `num_hidden_layers: 8`. Only with `init.kind: random`."""
+    """Keys of the model's own configuration to replace, e.g. `num_hidden_layers: 8`. Only with `init.kind: random` or
+    `projection`."""
     trust_remote_code: Literal[False] = False
     """Code that comes with a checkpoint is never run."""
 
@@ -64,8 +66,8 @@ class DiffusersModel(Config):
     dtype: Dtype = "bfloat16"
     """Number format in which the weights are held (teachers) or read (students; masters are always fp32)."""
     overrides: dict[str, JsonValue] = Field(default={})
-    """Keys of the model's own configuration to replace, e.g. `layers_per_block: 1`. Only with `init.kind: random`
-    or `blocks`."""
+    """Keys of the model's own configuration to replace, e.g. `layers_per_block: 1`. Only with `init.kind: random`,
+    `blocks` or `projection`."""
 
 
 ModelConfig = Annotated[TransformersModel | PythonModel | DiffusersModel, Field(discriminator="library")]
@@ -133,8 +135,65 @@ class BlocksInit(Config):
     kind: Literal["blocks"]
 
 
+class ProjectionInit(Config):
+    """Start from a larger model's weights, cut down to the architecture of `student.model`.
+
+    The width by one basis for the whole residual stream, MLP units, attention heads and experts by importance, the
+    depth by a rule. What the teacher has no counterpart for starts at random. init/projection.json says what came from
+    where. Sources: Muralidharan et al. 2024, arXiv 2407.14679; Ashkboos et al. 2024, arXiv 2401.15024.
+    """
+
+    kind: Literal["projection"]
+    teacher: ModelConfig | None = None
+    """The model to project; by default that of the first teacher."""
+    basis: Literal["importance", "pca", "weights"] = "importance"
+    """Basis of the residual stream: the channels that carry most (`importance`), the principal components of its values
+    on the calibration rows (`pca`), or those of what the weights write into it (`weights`). The last two rotate, which
+    only RMSNorm families allow whose gains fold into the next layer. Equal widths are copied."""
+    depth: Literal["uniform", "first", "last", "importance"] | tuple[int, ...] = "uniform"
+    """Blocks that are kept: evenly spread with both ends, the first, the last, those whose removal changes the output
+    most, or just these, counted from 0."""
+    calibration_rows: int = Field(default=16, ge=0)
+    """Training rows of the inputs cache that the teacher runs on to measure importance. 0 measures nothing:
+    `importance` then goes by the weights alone; `basis: pca` and `depth: importance` need rows."""
+    experts: Literal["select", "merge"] = "select"
+    """Experts of a mixture: keep those that most tokens are routed to, or average the others into the kept one whose
+    router row is most alike, weighted by how often tokens are routed to them."""
+    temporal: Literal["sum", "mean", "centre"] = "sum"
+    """How a convolution over time becomes one without: `sum` is exact for a student of one frame that repeats."""
+    rename: dict[str, str] = Field(default={})
+    """Regular expressions over names of student tensors (whole name) and the teacher's name, with `\\1` for groups; the
+    first that matches wins over the built-in rules."""
+    layers: dict[str, tuple[int, ...]] = Field(default={})
+    """Regular expressions over the student's lists of blocks (whole name, e.g. `model.layers`) and the teacher's blocks
+    that stand there, instead of `depth`."""
+    heads: dict[str, tuple[int, ...]] = Field(default={})
+    """Regular expressions over the student's attention modules (whole name) and the teacher's query heads that they
+    keep, instead of the most important."""
+    min_coverage: float = Field(default=0.9, ge=0, le=1)
+    """Least share of the student's parameters that must come from the teacher; less is an error."""
+
+    @model_validator(mode="after")
+    def _needs_rows(self) -> Self:
+        if self.calibration_rows == 0 and (self.basis == "pca" or self.depth == "importance"):
+            key = "basis: pca" if self.basis == "pca" else "depth: importance"
+            raise ValueError(f"calibration_rows: {key} is measured on rows, found 0; set it to 16 or so.")
+        for key, blocks in (("depth", self.depth), *((f"layers.{name}", kept) for name, kept in self.layers.items())):
+            if not isinstance(blocks, str) and (not blocks or min(blocks) < 0 or list(blocks) != sorted(blocks)):
+                raise ValueError(f"{key}: wanted blocks counted from 0 in rising order, found {list(blocks)}.")
+        for name, kept in self.heads.items():
+            if not kept or min(kept) < 0 or list(kept) != sorted(set(kept)):
+                raise ValueError(f"heads.{name}: wanted different heads from 0 in rising order, found {list(kept)}.")
+        for pattern in (*self.rename, *self.layers, *self.heads):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern}: wanted a regular expression, found that it is none: {error}.") from error
+        return self
+
+
 InitConfig = Annotated[
-    PretrainedInit | CheckpointInit | RandomInit | LayersInit | SharedCoreInit | BlocksInit,
+    PretrainedInit | CheckpointInit | RandomInit | LayersInit | SharedCoreInit | BlocksInit | ProjectionInit,
     Field(discriminator="kind"),
 ]
 
@@ -153,11 +212,11 @@ class StudentConfig(Config):
     def _overrides(self) -> Self:
         if isinstance(self.model, PythonModel) or not self.model.overrides:
             return self
-        if not isinstance(self.init, RandomInit | BlocksInit):
+        if not isinstance(self.init, RandomInit | BlocksInit | ProjectionInit):
             raise ValueError(
                 f"model.overrides: wanted none with init.kind: {self.init.kind}, whose weights fix the architecture, "
                 f"found {sorted(self.model.overrides)}; remove them, or use init.kind: random, layers (language "
-                "models) or blocks (denoisers)."
+                "models), blocks (denoisers) or projection."
             )
         return self
 
@@ -165,8 +224,28 @@ class StudentConfig(Config):
     def _library(self) -> Self:
         denoiser = isinstance(self.model, DiffusersModel)
         if isinstance(self.init, BlocksInit if not denoiser else LayersInit | SharedCoreInit):
-            wanted = "random, pretrained, checkpoint or blocks" if denoiser else "another kind: blocks is for denoisers"
+            wanted = (
+                "random, pretrained, checkpoint, blocks or projection"
+                if denoiser
+                else "another kind: blocks is for denoisers"
+            )
             raise ValueError(
                 f"init.kind: a model of library {self.model.library} wants {wanted}, found {self.init.kind}."
             )
         return self
+
+    @model_validator(mode="after")
+    def _same_library(self) -> Self:
+        teacher = self.init.teacher if isinstance(self.init, ProjectionInit) else None
+        if teacher is not None and isinstance(teacher, DiffusersModel) != isinstance(self.model, DiffusersModel):
+            raise ValueError(
+                f"init.teacher.library: wanted a model like the student of library {self.model.library}, found "
+                f"{teacher.library}."
+            )
+        return self
+
+    def with_teacher(self, model: ModelConfig | None) -> StudentConfig:
+        """The student whose projection, if it begins with one and names no teacher, takes that of `model`."""
+        if not isinstance(self.init, ProjectionInit) or self.init.teacher is not None:
+            return self
+        return self.model_copy(update={"init": self.init.model_copy(update={"teacher": model})})

@@ -39,6 +39,7 @@ from raydistill.models.denoiser import (
 )
 from raydistill.models.hub import first_line
 from raydistill.models.parts import find_part, listing
+from raydistill.models.projection.measure import Rows
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -47,7 +48,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 """Name of weights in folders of diffusers; ours are `model.safetensors`."""
 
 
-def build_denoiser(student: StudentConfig, *, seed: int) -> ModelMixin:
+def build_denoiser(student: StudentConfig, *, seed: int, rows: Rows | None = None) -> ModelMixin:
     """The student before training: fp32, on the CPU, in evaluation mode, with `.process` and `.scheduler_config`.
 
     `seed` decides whatever starts at random, the same in every process. Weights are read in `student.model.dtype`.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
@@ -195,6 +196,14 @@ def model_identity(model: LanguageModelConfig) -> dict[str, JsonValue]:
     return identity | {"weights": {file.name: digest for file, digest in file_hashes(files).items()}}
 
 
+def weights_folder(model: TransformersModel) -> Path:
+    """The folder of the weights of a model, in safetensors; a GGUF file is converted once, into `model.dtype`."""
+    folder = _folder(model, getattr(torch, model.dtype))
+    if not any(folder.glob("*.safetensors")):
+        raise DataError(f"{model.source}: wanted weights in safetensors, found {_listing(folder)}")
+    return folder
+
+
 def _folder(model: TransformersModel, weights: torch.dtype | None) -> Path:
     """The folder of a model; `weights` is the dtype in which a GGUF file is converted, None when none are needed."""
     place = resolve_source(model.source, model.revision)
@@ -237,6 +246,7 @@ def _overridden(config: PreTrainedConfig, overrides: Mapping[str, JsonValue], so
     if not overrides:
         return config
     values = config.to_dict()
+    overrides = {config.attribute_map.get(key, key): value for key, value in overrides.items()}
     for key in overrides:
         if key not in values:
             close = difflib.get_close_matches(key, values, n=1)
@@ -244,7 +254,13 @@ def _overridden(config: PreTrainedConfig, overrides: Mapping[str, JsonValue], so
             raise ConfigError(f"overrides.{key}: the configuration of {source} has no such key{hint}")
     if "num_hidden_layers" in overrides and "layer_types" not in overrides:
         values.pop("layer_types", None)  # one entry per layer; the class derives it again
-    return type(config).from_dict({**values, **overrides})
+    try:
+        return type(config).from_dict({**values, **overrides})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+        raise ConfigError(
+            f"overrides: {dict(overrides)} make no {type(config).__name__} of {source}: {reason}"
+        ) from error
 
 
 def _function(model: PythonModel) -> Callable[..., PreTrainedModel]:

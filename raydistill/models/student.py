@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -24,6 +24,7 @@ from raydistill.config.models import (
     LanguageModelConfig,
     LayersInit,
     PretrainedInit,
+    ProjectionInit,
     RandomInit,
     SharedCoreInit,
     StudentConfig,
@@ -40,6 +41,9 @@ from raydistill.models.denoiser_student import (
 from raydistill.models.hub import hub_folder
 from raydistill.models.layers import keep_layers, num_blocks, spread
 from raydistill.models.load import WEIGHT_PATTERNS, language_config, load_language_model, resolve_source
+from raydistill.models.projection.language_student import project_language
+from raydistill.models.projection.measure import Rows
+from raydistill.models.projection.report import REPORT, ProjectionReport, table
 from raydistill.models.shared_core import materialise, ranks_of, share_core, with_empty_cores
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
@@ -55,8 +59,10 @@ Student: TypeAlias = PreTrainedModel | ModelMixin
 """A language model of transformers, or a denoiser of diffusers with `.process`."""
 
 
-def build_student(student: StudentConfig, *, seed: int) -> Student:
+def build_student(student: StudentConfig, *, seed: int, rows: Rows | None = None) -> Student:
     """The student before training: fp32, on the CPU, in evaluation mode.
+
+    `rows` gives training rows, for a projection that is calibrated; it leaves its report in `.projection`.
 
     `seed` decides a random initialisation, which is the same in every process. Weights are read in
     `student.model.dtype`; a shared core is computed layer by layer from them, so that the whole model never exists in
@@ -64,10 +70,16 @@ def build_student(student: StudentConfig, *, seed: int) -> Student:
     """
     source, init = student.model, student.init
     if isinstance(source, DiffusersModel):
-        return build_denoiser(student, seed=seed)
+        return build_denoiser(student, seed=seed, rows=rows)
     match init:
         case RandomInit():
             return _random(source, seed)
+        case ProjectionInit():
+            model = _random(source, seed)
+            report = project_language(model, init, rows, source=source.source)
+            print(table(report), flush=True)
+            cast(Any, model).projection = report
+            return model
         case CheckpointInit(path=path):
             model = _from_checkpoint(source, path)
         case PretrainedInit():
@@ -150,10 +162,17 @@ def _from_checkpoint(source: LanguageModelConfig, path: str) -> PreTrainedModel:
     return read
 
 
-def publish_student(student: StudentConfig, *, seed: int, run: Store) -> None:
-    """Build the student and put it into the folder `init/` of a run; student.json comes last and says it is whole."""
+def publish_student(student: StudentConfig, *, seed: int, run: Store, rows: Rows | None = None) -> None:
+    """Build the student and put it into the folder `init/` of a run; student.json comes last and says it is whole.
+
+    `rows` gives training rows, for a projection that is calibrated; `projection.json` says what it made.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        save_student(build_student(student, seed=seed), Path(folder))
+        model = build_student(student, seed=seed, rows=rows)
+        save_student(model, Path(folder))
+        report = getattr(model, "projection", None)
+        if isinstance(report, ProjectionReport):
+            (Path(folder) / REPORT).write_text(report.model_dump_json(indent=1) + "\n")
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "student.json"):
             run.publish(f"init/{path.name}", partial(shutil.copyfile, path))
 

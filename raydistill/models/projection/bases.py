@@ -1,0 +1,192 @@
+"""Chooses the map of every space: the shared basis of the residual stream, MLP units, heads and experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raydistill.config.models import ProjectionInit
+from raydistill.errors import ConfigError
+from raydistill.models.projection.heads import map_heads
+from raydistill.models.projection.maps import Map, Mix, Select, best, first, identity, leading
+from raydistill.models.projection.measure import Measured
+from raydistill.models.projection.structure import RESIDUAL, Piece, Structure, block_of, in_block
+from raydistill.models.projection.tensors import Tensors
+
+OUTSIDE = ("text", "pooled", "latent", "frequency", "condition", "one", "time_ids")
+"""Spaces of what comes from and goes to the outside: of another size they have another meaning, so nothing is cut."""
+EXPERT = re.compile(r"(blocks\.\d+\.mlp\.experts)\.(\d+)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What the experts of one of the student's layers are made of."""
+
+    members: tuple[tuple[int, ...], ...]
+    """For each expert of the student the teacher's experts that it is the mean of; the first is the one it keeps."""
+    weights: tuple[tuple[float, ...], ...]
+    """Their weights, 1 in sum."""
+
+    def map(self, of: int) -> Map:
+        """Of the rows of the router."""
+        if all(len(members) == 1 for members in self.members):
+            return Select(torch.tensor([members[0] for members in self.members]), of)
+        matrix = torch.zeros(of, len(self.members))
+        for column, (members, weights) in enumerate(zip(self.members, self.weights, strict=True)):
+            matrix[list(members), column] = torch.tensor(weights)
+        return Mix(matrix)
+
+
+class Bases:
+    """The maps of all of a student's spaces."""
+
+    def __init__(
+        self,
+        teacher: Structure,
+        student: Structure,
+        tensors: Tensors,
+        init: ProjectionInit,
+        measured: Measured,
+        blocks: Sequence[int],
+    ):
+        self.teacher, self.student, self._tensors = teacher, student, tensors
+        self._init, self._measured, self.blocks = init, measured, tuple(blocks)
+        self._sizes = teacher.sizes
+        self.experts: dict[str, Experts] = {}
+        self.query_scale: dict[str, float] = {}
+        """By canonical name of an attention of the student."""
+        self.maps: dict[str, Map] = {}
+        """By name of a space of the student; spaces that the teacher has not are not there."""
+        self._choose()
+
+    def teacher_name(self, name: str) -> str:
+        """The teacher's canonical name for a canonical name (or space) of the student."""
+        block = block_of(name)
+        found = EXPERT.match(name)
+        if found is not None and found[1] in self.experts:
+            expert = self.experts[found[1]].members[int(found[2])][0]
+            name = f"{found[1]}.{expert}{name[found.end() :]}"
+        return name if block is None else in_block(name, self.blocks[block])
+
+    def _choose(self) -> None:
+        sizes = self.student.sizes
+        routers = [space for space in sizes if space.endswith(".mlp.expert")]
+        for space in routers:
+            if (there := self.teacher_name(space)) in self._sizes:
+                self._choose_experts(space, there, sizes[space])
+        for name, attention in self.student.attentions.items():
+            there = self.teacher_name(name)
+            if there in self.teacher.attentions:
+                geometry = self.teacher.attentions[there]
+                same = geometry.shape == attention.shape
+                scores = torch.ones(self._sizes[f"{there}.mixed"]) if same else self.scores(f"{there}.mixed")
+                heads = map_heads(geometry, attention, scores, self._heads_of(attention.module))
+                self.maps |= {s: m for s, m in heads.spaces(name).items() if s in sizes}
+                self.query_scale[name] = heads.query_scale
+        for space, size in sizes.items():
+            there = self.teacher_name(space)
+            if space not in self.maps and there in self._sizes:
+                found = self._map(space, there, size)
+                if found is not None:
+                    self.maps[space] = found
+
+    def _map(self, space: str, there: str, size: int) -> Map | None:
+        of = self._sizes[there]
+        if size == of:
+            return identity(of)
+        if space == "vocab":
+            return first(size, of)
+        if space in OUTSIDE:
+            return None
+        if size > of:
+            raise ConfigError(
+                f"student.init: wanted a student no wider than the teacher, found {size} for {space}, where the teacher "
+                f"has {of}. A projection only makes smaller; change student.model.overrides."
+            )
+        if space == RESIDUAL:
+            return self._residual(size)
+        return best(self.scores(there), size)
+
+    def _residual(self, size: int) -> Map:
+        basis = self._init.basis
+        if basis == "importance":
+            return best(self.scores(RESIDUAL), size)
+        if self.teacher.rotates is not None or self.student.rotates is not None:
+            raise ConfigError(
+                f"student.init.basis: {basis} rotates the residual stream, which these models do not allow: "
+                f"{self.teacher.rotates or self.student.rotates}. Use basis: importance, which selects channels."
+            )
+        if "head.weight" not in self.student.pieces:
+            raise ConfigError(
+                f"student.init.basis: {basis} folds the last norm into the output head, which is then no longer the "
+                "embedding; set student.model.overrides.tie_word_embeddings: false, or use basis: importance."
+            )
+        if basis == "pca":
+            assert self._measured.covariance is not None, "the covariance is measured before bases are chosen"
+            return leading(self._measured.covariance, size)
+        return leading(self._written(), size)
+
+    def _written(self) -> Tensor:
+        """[n, n]: sum over what writes into the residual stream of W Wᵀ / |W|²."""
+        total = torch.zeros(self._sizes[RESIDUAL], self._sizes[RESIDUAL])
+        for piece in self.teacher.writers(RESIDUAL):
+            weight = self._tensors.read(piece.stored, piece.index).float()
+            weight = weight.T if piece.is_table else weight.flatten(1)
+            total += weight @ weight.T / weight.pow(2).sum().clamp_min(1e-30)
+        return total
+
+    def scores(self, space: str) -> Tensor:
+        """Importance of each channel of a teacher's space: what it adds to what reads it, in blocks that are kept.
+
+        E[x²] |column|² of each reading matrix, as a share of that matrix' sum. Without calibration x² is the norm's
+        gain squared, or 1. Source: Sun et al. 2023, arXiv 2306.11695, Eq. 1 (squared, summed over outputs).
+        """
+        total = torch.zeros(self._sizes[space])
+        for piece in self.teacher.readers(space):
+            block = block_of(piece.name)
+            if block is not None and block not in self.blocks:
+                continue
+            columns = self._tensors.read(piece.stored, piece.index).float().pow(2)
+            columns = columns.transpose(0, 1).flatten(1).sum(1)
+            share = columns * self._moments(piece)
+            total += share / share.sum().clamp_min(1e-30)
+        return total
+
+    def _moments(self, piece: Piece) -> Tensor:
+        if piece.stored in self._measured.moments:
+            return self._measured.moments[piece.stored]
+        if piece.norm is not None and f"{piece.norm}.weight" in self.teacher.pieces:
+            gain = self.teacher.pieces[f"{piece.norm}.weight"]
+            offset = self.teacher.norms[piece.norm].offset if piece.norm in self.teacher.norms else 0.0
+            return (self._tensors.read(gain.stored, gain.index).float() + offset).pow(2)
+        return torch.ones(piece.shape[1])
+
+    def _heads_of(self, module: str) -> tuple[int, ...] | None:
+        return next((heads for p, heads in self._init.heads.items() if re.fullmatch(p, module)), None)
+
+    def _choose_experts(self, space: str, there: str, size: int) -> None:
+        of = self._sizes[there]
+        prefix = f"{space.removesuffix('.expert')}.experts"
+        router = self.teacher.pieces[f"{there.removesuffix('.expert')}.router.weight"]
+        if size > of:
+            raise ConfigError(
+                f"student.init ({space}): wanted at most {of} experts, as many as the teacher has, found {size}. Lower "
+                "them in student.model.overrides."
+            )
+        rows = self._tensors.read(router.stored, router.index).float()
+        routed = self._measured.routed.get(router.name, rows.pow(2).sum(1) / rows.pow(2).sum())
+        kept = best(routed, size).index.tolist()
+        members = {expert: [expert] for expert in kept}
+        if self._init.experts == "merge":
+            alike = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(rows[kept], dim=1).T
+            for expert in sorted(set(range(of)) - set(kept)):
+                members[kept[int(alike[expert].argmax())]].append(expert)
+        weights = {k: (routed[m] + 1e-12) / (routed[m] + 1e-12).sum() for k, m in members.items()}
+        self.experts[prefix] = Experts(
+            tuple(tuple(members[k]) for k in kept), tuple(tuple(weights[k].tolist()) for k in kept)
+        )
+        self.maps[space] = self.experts[prefix].map(of)

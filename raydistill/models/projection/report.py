@@ -1,0 +1,117 @@
+"""What a projected student has from its teacher: init/projection.json, and the table that is printed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from raydistill.config.base import Config
+
+Origin = Literal["exact", "projected", "random"]
+REPORT = "projection.json"
+SHOWN = 6
+"""Names that the table lists before it only counts."""
+
+
+class TensorReport(Config):
+    """One tensor of the student."""
+
+    name: str
+    """Its name."""
+    parameters: int
+    """Numbers in it."""
+    origin: Origin
+    """`exact`: the teacher's, bit for bit; `projected`: made from the teacher's; `random`: not from the teacher."""
+    teacher: tuple[str, ...]
+    """Tensors of the teacher that it is made from."""
+
+
+class BlockReport(Config):
+    """One block of the student."""
+
+    block: int
+    """Its number."""
+    teacher: int
+    """The teacher's block that it is made from."""
+    error: float | None
+    """Relative error of what the block adds to the residual stream, when it is given the projected input of the
+    teacher's block: |student - projected teacher| / |projected teacher|; None where nothing was measured."""
+
+
+class Share(Config):
+    """Tensors and numbers of one origin."""
+
+    tensors: int
+    """Tensors."""
+    parameters: int
+    """Numbers in them."""
+
+
+class ProjectionReport(Config):
+    """What a projected student has from its teacher."""
+
+    teacher: str
+    """The teacher's source."""
+    family: str
+    """Rules that were used."""
+    basis: str
+    """Basis of the residual stream."""
+    depth: str | tuple[int, ...]
+    """Rule of the blocks."""
+    calibration_rows: int
+    """Rows that the teacher was measured on."""
+    exact: Share
+    """What is the teacher's, bit for bit."""
+    projected: Share
+    """What is made from the teacher's weights."""
+    random: Share
+    """What is not from the teacher."""
+    coverage: float
+    """Share of the student's parameters that are exact or projected."""
+    spaces: dict[str, str]
+    """What became of each vector space (of one block, where all blocks are alike)."""
+    removal: tuple[float, ...] | None
+    """How far the teacher's output goes when each of its blocks is left out, where that was measured."""
+    blocks: tuple[BlockReport, ...]
+    """Blocks of the student."""
+    output_error: float | None
+    """How far the whole student's output is from the teacher's on the calibration rows: mean KL divergence in nats per
+    token of language models, mean square difference over mean square of denoisers; None where nothing was measured."""
+    left_out: dict[str, int]
+    """Teacher's tensors of which nothing is in the student, and their sizes. Blocks that were left out count as
+    `blocks`."""
+    notes: tuple[str, ...]
+    """What else differs between teacher and student."""
+    tensors: tuple[TensorReport, ...]
+    """The student's tensors."""
+
+
+def table(report: ProjectionReport) -> str:
+    """The report for a terminal."""
+    total = sum(share.parameters for share in (report.exact, report.projected, report.random))
+    lines = [f"student: projected from {report.teacher} ({report.family}, basis {report.basis})"]
+    for name in ("exact", "projected", "random"):
+        share: Share = getattr(report, name)
+        lines.append(
+            f"  {name:10}{share.tensors:>7,} tensors {share.parameters:>16,} parameters "
+            f"{share.parameters / max(total, 1):>7.1%}"
+        )
+    lines += [f"  {space}: {what}" for space, what in report.spaces.items()]
+    random = [tensor.name for tensor in report.tensors if tensor.origin == "random"]
+    if random:
+        lines.append(f"  at random: {_some(random)}")
+    if report.left_out:
+        sizes = sorted(report.left_out.items(), key=lambda entry: -entry[1])
+        lines.append(f"  left out of the teacher: {_some([f'{name} ({size:,})' for name, size in sizes])}")
+    if report.blocks:
+        kept = ", ".join(f"{b.teacher}" + ("" if b.error is None else f" ({b.error:.2f})") for b in report.blocks)
+        errors = " (relative error of what each adds)" if report.blocks[0].error is not None else ""
+        lines.append(f"  blocks of the teacher{errors}: {kept}")
+    if report.output_error is not None:
+        lines.append(f"  output: {report.output_error:.4g} from the teacher's, before training")
+    lines += [f"  {note}" for note in report.notes]
+    return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,150 @@
+"""What projection must know of a network: its tensors cut into pieces, and the vector space along each of their axes.
+
+A *piece* is a tensor, or the part of a fused one that belongs to one matrix (q, k and v of a fused qkv, the gate of a
+`gate_up_proj`, one of six modulations). Pieces have canonical names that families share (`blocks.3.attn.q.weight`), and
+teacher and student are matched by them. Axes that lie in one *space* (`residual`, `blocks.3.mlp.inner`) are cut alike
+everywhere: that is what lets projections compose through the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raydistill.models.projection.tensors import Index
+
+RESIDUAL = "residual"
+"""The space of the residual stream."""
+BLOCK = re.compile(r"blocks\.(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One matrix, bias or gain."""
+
+    name: str
+    """Canonical name."""
+    stored: str
+    """Name of the tensor that holds it, in memory."""
+    index: Index
+    """Where in that tensor."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    spaces: tuple[str, ...]
+    """Space along each axis; those of kernels are `kernel`."""
+    norm: str | None = None
+    """Canonical name of the gain of the norm whose output it reads."""
+    is_gain: bool = False
+    """Whether it is the gain of a norm."""
+    is_table: bool = False
+    """Whether its rows are looked up, as those of an embedding are."""
+
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm: what it does before its gain."""
+
+    module: str
+    """Name of the module."""
+    space: str
+    """The space of its input."""
+    kind: Literal["rms", "layer"]
+    offset: float = 0.0
+    """The gain is this plus its tensor: 1 in Gemma, whose tensors are around 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The geometry of an attention module. Its spaces are `<name>.query`, `.key`, `.value` and `.mixed`."""
+
+    name: str
+    """Canonical name, e.g. `blocks.3.attn`."""
+    module: str
+    """Name of the module."""
+    heads: int
+    key_heads: int
+    """Key and value heads, each of `heads / key_heads` query heads."""
+    head_dim: int
+    """Numbers of a query and of a key."""
+    value_dim: int
+    """Numbers of a value."""
+    pairs: tuple[tuple[int, int, float], ...] = ()
+    """Rotary pairs: two positions in a head that turn together, and their angle per position; positions in no pair do
+    not turn."""
+    scale: float = 1.0
+    """Factor of query · key."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Numbers of heads and of what is in them."""
+        return self.heads, self.key_heads, self.head_dim, self.value_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A network as projection sees it."""
+
+    family: str
+    """Name of the rules."""
+    pieces: Mapping[str, Piece]
+    """By canonical name."""
+    num_blocks: int
+    """Blocks, canonical `blocks.0` …; 0 where there is no list of them."""
+    block_modules: tuple[str, ...]
+    """Names of the modules of these blocks."""
+    block_outputs: tuple[str, ...] = ("hidden_states",)
+    """What a block gives back, by the names of the parameters that it takes it as."""
+    norms: Mapping[str, Norm] = field(default_factory=dict)
+    """By the canonical name of the gain (also of norms without one)."""
+    attentions: Mapping[str, Attention] = field(default_factory=dict)
+    """By canonical name."""
+    embed_scale: float = 1.0
+    """Factor of embeddings when they are looked up."""
+    rotates: str | None = None
+    """Why the basis of the residual stream cannot be rotated; None where it can."""
+    unmatched: tuple[str, ...] = ()
+    """Tensors that no rule knows."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each space."""
+        sizes: dict[str, int] = {}
+        for piece in self.pieces.values():
+            for space, length in zip(piece.spaces, piece.shape, strict=True):
+                if space == "kernel":
+                    continue
+                known = sizes.setdefault(space, length)
+                assert known == length, f"{piece.stored}: {space} has size {known} elsewhere, here {length}"
+        return sizes
+
+    def readers(self, space: str) -> Iterator[Piece]:
+        """Matrices that read from `space`: their second axis lies in it."""
+        return (p for p in self._matrices() if p.spaces[1] == space and not p.is_table)
+
+    def writers(self, space: str) -> Iterator[Piece]:
+        """Matrices that write into `space`: their first axis lies in it, or they are tables of its vectors."""
+        return (p for p in self._matrices() if p.spaces[1 if p.is_table else 0] == space)
+
+    def _matrices(self) -> Iterator[Piece]:
+        return (p for p in self.pieces.values() if len(p.spaces) > 1 and not p.is_gain)
+
+
+def in_block(name: str, block: int) -> str:
+    """A canonical name with the number of its block replaced."""
+    return BLOCK.sub(f"blocks.{block}", name, count=1)
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a canonical name belongs to."""
+    found = BLOCK.match(name)
+    return int(found[1]) if found else None
