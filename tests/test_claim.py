@@ -98,6 +98,6 @@ def test_exports_of_other_runs_are_found_wherever_they_are_named(tmp_path: Path)
     source = f"run://{tmp_path}/other.yaml"
     model = {"library": "transformers", "source": source}
     student = {"model": model, "init": {"kind": "checkpoint", "path": source}}
-    config = pipeline._with_exports(tiny_config(tmp_path, student=student))
+    config = pipeline.with_exports(tiny_config(tmp_path, student=student))
     export = f"{tmp_path}/other/export"
     assert (config.student.model.source, config.student.init.path) == (export, export)
