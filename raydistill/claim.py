@@ -63,7 +63,9 @@ def claim(store: Store, config: RunConfig) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides the numbers."""
-    packages = ("raydistill", "ray", "torch", "deepspeed", "transformers", "pyarrow", "safetensors", "numpy")
+    packages = (
+        "raydistill", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "safetensors", "numpy", "pillow",
+    )  # fmt: skip
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 

@@ -1,6 +1,6 @@
 """Images of every model from the same noise and held-out captions: for people to look at, and for FID, KID and CLIP.
 
-samples.json: `{"kind": "images", "sampler": …, "steps": n, "guidance_scale": w, "samples": [{"prompt": caption,
+samples.json: `{"kind": "images", "steps": n, "guidance_scale": w, "samples": [{"prompt": caption,
 "row_id": id, "reference": file, "outputs": {who: file}}]}`, where files are PNGs in the run folder, `reference` is the
 held-out image itself, and `who` is a role of metrics.json or `teacher/<name>`.
 """

@@ -165,7 +165,7 @@ def rows(unit: Unit, source: ImagesSource, held_out: float, lost: Lost) -> Itera
                 continue
             text = LONE_SURROGATE.sub("\ufffd", caption or "")
             sha = hashlib.sha256(data)
-            split = split_of(f"{sha.hexdigest()}\n{text}", held_out)
+            split = split_of(sha.hexdigest(), held_out)
             yield ImageRow(name, split, text, image.height, image.width, sha.digest(), place, data)
 
 
