@@ -16,6 +16,7 @@ from pydantic import JsonValue, RootModel
 
 from raydistill.cache.average import AVERAGE, average_content
 from raydistill.cache.build import build_average, build_inputs, build_signal
+from raydistill.cache.calibration import calibration_rows
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.ledger import read_builds
 from raydistill.cache.manifest import Manifest, fingerprint_of, parsed
@@ -224,7 +225,8 @@ def _verify(run: Run, asked: bool) -> None:
 
 def _init(run: Run, asked: bool) -> None:
     if not run.store.exists("init/student.json"):
-        publish_student(run.config.student, seed=run.config.seed, run=run.store)
+        rows = calibration_rows(run.config, lambda: run.inputs[0])
+        publish_student(run.config.first_student, seed=run.config.seed, run=run.store, rows=rows)
 
 
 def _train(run: Run, asked: bool) -> None:

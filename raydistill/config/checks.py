@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from raydistill.config.base import Config
 from raydistill.config.metrics import training_metrics
-from raydistill.config.models import DiffusersModel
+from raydistill.config.models import DiffusersModel, ProjectionInit
 from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe
 from raydistill.config.sources import ImagesSource, TextSource
 from raydistill.config.teachers import NoisePredictionTeacher, TopKLogitsTeacher
@@ -41,6 +41,7 @@ def problems(config: RunConfig) -> list[str]:
         *_weights(config),
         *_kinds(config),
         *_average(config),
+        *_projection(config),
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
         *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
         *_resources(config),
@@ -81,6 +82,12 @@ def _kinds(config: RunConfig) -> Iterator[str]:
             yield f"teachers.{index}.signal: source.kind {kind} does not feed {teacher.signal} teachers."
     if isinstance(config.student.model, DiffusersModel) != isinstance(config.source, ImagesSource):
         yield f"student.model.library: source.kind {kind} does not train models of {config.student.model.library}."
+
+
+def _projection(config: RunConfig) -> Iterator[str]:
+    init = config.student.init
+    if isinstance(init, ProjectionInit) and init.teacher is None and not config.teachers:
+        yield "student.init.teacher: there are no teachers, and the projection names none; name the model to project."
 
 
 def _average(config: RunConfig) -> Iterator[str]:

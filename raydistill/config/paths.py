@@ -11,7 +11,14 @@ import glob
 import os
 from pathlib import Path
 
-from raydistill.config.models import CheckpointInit, DiffusersModel, ModelConfig, PythonModel, StudentConfig
+from raydistill.config.models import (
+    CheckpointInit,
+    DiffusersModel,
+    ModelConfig,
+    ProjectionInit,
+    PythonModel,
+    StudentConfig,
+)
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, SourceConfig, TextSource, VaeConfig
 from raydistill.errors import ConfigError
@@ -128,4 +135,6 @@ def _student(student: StudentConfig) -> StudentConfig:
     init = student.init
     if isinstance(init, CheckpointInit):
         init = init.model_copy(update={"path": source_or_id(init.path)})
+    elif isinstance(init, ProjectionInit) and init.teacher is not None:
+        init = init.model_copy(update={"teacher": _model(init.teacher)})
     return student.model_copy(update={"model": _model(student.model), "init": init})

@@ -126,7 +126,7 @@ class EvaluateConfig(Config):
     """Measurements on held-out rows."""
 
     held_out: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the documents that is never trained on, chosen by a hash of their text."""
+    """Share of the documents or images that is never trained on, chosen by a hash of their content."""
     every_steps: int | None = Field(default=None, ge=1)
     """Steps between evaluations during training; null evaluates only at the end."""
     asynchronous: bool = False
@@ -223,6 +223,11 @@ class RunConfig(Config):
         """The source of a run on images."""
         assert isinstance(self.source, ImagesSource), "asked for the images of a run on something else"
         return self.source
+
+    @property
+    def first_student(self) -> StudentConfig:
+        """The student, whose projection names its teacher, be it only by default."""
+        return self.student.with_teacher(self.teachers[0].model if self.teachers else None)
 
     @model_validator(mode="after")
     def _together(self) -> Self:

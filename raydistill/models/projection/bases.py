@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +104,8 @@ class Bases:
             return None
         if size > of:
             raise ConfigError(
-                f"student.init: wanted a student no wider than the teacher, found {size} for {space}, where the teacher "
-                f"has {of}. A projection only makes smaller; change student.model.overrides."
+                f"student.init: wanted a student no wider than the teacher, found {size} for {space}, where the "
+                f"teacher has {of}. A projection only makes smaller; change student.model.overrides."
             )
         if space == RESIDUAL:
             return self._residual(size)

@@ -159,7 +159,7 @@ def _attentions(model: PreTrainedModel, blocks: str) -> dict[str, Attention]:
     key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     found = {}
-    for i, block in enumerate(model.get_submodule(blocks)):  # type: ignore[arg-type]
+    for i, block in enumerate(model.get_submodule(blocks).children()):
         if not hasattr(block, "self_attn"):
             continue  # a recurrent layer of a hybrid model
         name, module = f"blocks.{i}.attn", block.self_attn
@@ -199,8 +199,9 @@ def _norms(pieces: Mapping[str, Piece], modules: Mapping[str, nn.Module]) -> Ite
         if piece.is_gain and piece.name.endswith(".weight"):
             name = piece.stored.removesuffix(".weight")
             module = modules[name]
-            kind = "layer" if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__ else "rms"
-            yield piece.name.removesuffix(".weight"), Norm(name, piece.spaces[0], kind, _offset(module))
+            subtracts = isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__
+            norm = Norm(name, piece.spaces[0], "layer" if subtracts else "rms", _offset(module))
+            yield piece.name.removesuffix(".weight"), norm
 
 
 def _offset(module: nn.Module) -> float:

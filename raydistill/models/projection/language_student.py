@@ -59,9 +59,9 @@ def structure_of(model: PreTrainedModel, source: str, role: str) -> Structure:
     found = language_structure(model)
     if found is None:
         raise ConfigError(
-            f"student.init ({role} {source}): wanted a decoder whose blocks are named like Llama's (Llama, Mistral, Qwen, "
-            f"Gemma, Phi-3, OLMo and their mixtures), found {type(model).__name__}, for which there are no rules. Use "
-            "init.kind: layers, which keeps the width."
+            f"student.init ({role} {source}): wanted a decoder whose blocks are named like Llama's (Llama, Mistral, "
+            f"Qwen, Gemma, Phi-3, OLMo and their mixtures), found {type(model).__name__}, for which there are no "
+            "rules. Use init.kind: layers, which keeps the width."
         )
     return found
 
@@ -117,8 +117,8 @@ def calibration_of(rows: Rows | None, wanted: int) -> Calibration | None:
         return None
     if rows is None:
         raise ConfigError(
-            f"student.init.calibration_rows: wanted {wanted} rows of the inputs cache, found none at hand. Run the stage "
-            "inputs first (--stages inputs), or set calibration_rows: 0."
+            f"student.init.calibration_rows: wanted {wanted} rows of the inputs cache, found none at hand. Run the "
+            "stage inputs first (--stages inputs), or set calibration_rows: 0."
         )
     batches = rows(wanted)
     if not batches:

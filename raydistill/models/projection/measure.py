@@ -16,7 +16,8 @@ from raydistill.models.projection.structure import RESIDUAL, Structure
 
 Batch = Mapping[str, Tensor]
 Rows = Callable[[int], Sequence[Batch]]
-"""Gives that many training rows as batches: input_ids, position_ids and valid of text, what a denoiser sees of images."""
+"""Gives that many training rows as batches: of text `input_ids`, `position_ids` and `valid`, of images `latents`,
+`noise`, `timestep` and what else a denoiser is told."""
 Hook = Callable[[Tensor], None]
 
 

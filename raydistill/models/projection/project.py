@@ -190,7 +190,7 @@ class Projector:
         return (moved(value, 0).float() + offset) * factor - own, False
 
     def _length(self, norm: str, moved: Map) -> float:
-        """The share of the length of a norm's input that is kept; unmeasured: all by a basis, its part by a selection."""
+        """The share of the length of a norm's input that is kept; unmeasured: all by a basis, its part by selecting."""
         unmeasured = 1.0 if isinstance(moved, Mix) else math.sqrt(moved.size / moved.of)
         return self._kept.get(norm, unmeasured)
 

@@ -21,7 +21,7 @@ NUMBERS = 1 << 26
 
 
 class BlockErrors:
-    """Compares blocks: the teacher runs first, and what its kept blocks take and give is kept in the student's basis."""
+    """Compares blocks. The teacher runs first; what its blocks take and give is kept in the student's basis."""
 
     def __init__(self, teacher: Structure, student: Structure, blocks: Sequence[int], residual: Map):
         self._teacher, self._student = teacher, student

@@ -97,7 +97,8 @@ def _require_rule(sides: Sides) -> None:
     if not shared and sides.student.num_blocks == 0:
         raise ConfigError(
             f"student.init: wanted a teacher and a student that share rules, found none that name tensors of both "
-            f"{sides.source} ({sides.teacher.family}) and the student ({sides.student.family}). Give student.init.rename."
+            f"{sides.source} ({sides.teacher.family}) and the student ({sides.student.family}). Give "
+            f"student.init.rename."
         )
 
 

@@ -1,4 +1,4 @@
-"""Running a teacher that does not fit into memory: the weights of a block are read when it runs and dropped after it."""
+"""Running a teacher that does not fit into memory: a block's weights are read when it runs and dropped after it."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ class Streamed:
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:
             module, leaf = self._place(name)
-            if module._parameters.get(leaf) is not None:
-                module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
+            parameter = module._parameters.get(leaf)
+            if parameter is not None:
+                module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _put(self, name: str, tensor: Tensor) -> None:
         module, leaf = self._place(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -94,9 +94,9 @@ class StackedExperts:
             found = re.fullmatch(r"(.*\bexperts)\.(gate_up_proj|down_proj)", name)
             if name in shapes or found is None:
                 continue
-            for prefix in _stored_places(found[1]):
+            for prefix in (found[1], _mixtral(found[1])):
                 for gate, up, down in EXPERT_PARTS:
-                    parts = (gate, up) if found[2] == "gate_up_proj" else (down,)
+                    parts: tuple[str, ...] = (gate, up) if found[2] == "gate_up_proj" else (down,)
                     if f"{prefix}.0.{parts[0]}.weight" in shapes:
                         self._stacked[name] = (prefix, parts)
             if name in self._stacked:
@@ -106,9 +106,8 @@ class StackedExperts:
                         shapes.pop(f"{prefix}.{expert}.{part}.weight", None)
                 shapes[name] = shape
         for name in wanted:
-            gate = re.fullmatch(r"(.*)\.mlp\.gate\.weight", name)
-            stored = f"{gate[1]}.block_sparse_moe.gate.weight" if gate else ""
-            if gate and name not in shapes and stored in shapes:
+            stored = _mixtral(name)
+            if name not in shapes and stored in shapes:
                 shapes[name] = shapes.pop(stored)
         self._shapes = shapes
 
@@ -120,8 +119,7 @@ class StackedExperts:
     def read(self, name: str, index: Index = ()) -> Tensor:
         """A tensor or a part of it."""
         if name not in self._stacked:
-            stored = name if name in self._inner.shapes else name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-            return self._inner.read(stored, index)
+            return self._inner.read(name if name in self._inner.shapes else _mixtral(name), index)
         prefix, parts = self._stacked[name]
         if index and isinstance(index[0], int):
             return self._expert(prefix, parts, index[0])[index[1:]]
@@ -132,10 +130,9 @@ class StackedExperts:
         return torch.cat([self._inner.read(f"{prefix}.{expert}.{part}.weight") for part in parts])
 
 
-def _stored_places(prefix: str) -> Iterator[str]:
-    """Where files keep the experts that memory has at `prefix`."""
-    yield prefix
-    yield prefix.replace(".mlp.experts", ".block_sparse_moe.experts")
+def _mixtral(name: str) -> str:
+    """What files of Mixtral call the mixture at `name`."""
+    return re.sub(r"\.mlp\.(experts|gate)\b", r".block_sparse_moe.\1", name)
 
 
 def files_in(folder: Path) -> list[Path]:
