@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 
+from raydistill.cache.calibration import calibration_rows
 from raydistill.cluster import on_train_hardware
 from raydistill.config.load import Draft
 from raydistill.config.schema import RunConfig
@@ -27,7 +28,7 @@ from raydistill.models.student import publish_student
 from raydistill.search.curve import COSTS, read_costs, read_outcome, saved
 from raydistill.search.ledger import Ledger, TrialRecord, read_config, read_trial, write_config
 from raydistill.storage import Store
-from raydistill.train.checkpoint import Checkpoints
+from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.evaluation import PREFIX, is_evaluation
 from raydistill.train.final import BEST, BEST_RECORD
 from raydistill.train.job import PhaseJob, PhaseResult
@@ -36,7 +37,7 @@ from raydistill.train.metrics import METRICS
 
 Tell = Callable[[Mapping[str, float]], None]
 """Takes `step` (over all phases) and metrics; may not return, when the trial is to stop."""
-ADOPTED = "adopted.json"
+ADOPTING, ADOPTED = "adopting.json", "adopted.json"
 COMPLETE = "complete"
 """In the report of a trial that was trained to its end."""
 SPEEDS = ("tokens_per_second", "samples_per_second")
@@ -46,7 +47,7 @@ def train_trial(folder: Store, tell: Tell, *, wanted: Sequence[str], told: bool 
     """Train the trial in `folder` to its end from wherever it stands, telling of what it measured before (unless that
     is `told`) and measures now; `wanted` are the metrics that it is judged by."""
     record, config = read_trial(folder), read_config(folder)
-    make_init(folder, config, record.init)
+    make_init(folder, config, record.init, record.inputs)
     costs = _costs(folder, config, record, wanted)
     for evaluated in () if told else saved(folder, config):
         tell({"step": evaluated.total_step, **evaluated.values, **costs})
@@ -75,7 +76,7 @@ def _tell(tell: Tell, before: int, costs: Mapping[str, float], values: Mapping[s
         tell({"step": before + values["step"], **metrics, **costs})
 
 
-def make_init(folder: Store, config: RunConfig, shared: str | None) -> None:
+def make_init(folder: Store, config: RunConfig, shared: str | None, inputs: str) -> None:
     """The untrained student in `init/`: linked or copied from where it is, else built."""
     if folder.exists("init/student.json"):
         return
@@ -84,7 +85,8 @@ def make_init(folder: Store, config: RunConfig, shared: str | None) -> None:
         for name in sorted(source.names(), key=_record_last):
             link_file(source, folder / "init", name)
         return
-    publish_student(config.student, seed=config.seed, run=folder)
+    rows = calibration_rows(config, lambda: Store(inputs))
+    publish_student(config.first_student, seed=config.seed, run=folder, rows=rows)
 
 
 def _record_last(name: str) -> bool:
@@ -150,34 +152,50 @@ def _train(job: PhaseJob, tell: Tell) -> PhaseResult:
     return outcome.result()
 
 
+class _Adoption(BaseModel):
+    """adopting.json: what a member of a population takes over."""
+
+    donor: int
+    """Number of the trial whose weights it takes."""
+    point: dict[str, JsonValue]
+    """Its values from then on, by dimension of the space."""
+    values: dict[str, JsonValue]
+    """The same by key of the run: of its only phase."""
+    mark: str
+    """Tells one adoption from another."""
+
+
 def adopt(
     ledger: Ledger, number: int, donor: int, point: Mapping[str, JsonValue], values: Mapping[str, JsonValue], mark: str
 ) -> None:
-    """Go on as trial `number` from the newest checkpoint of trial `donor`, with other values; once per `mark`.
+    """Go on as trial `number` from the newest checkpoint of trial `donor`, with other values; once per `mark`."""
+    folder = ledger.folder(number)
+    if donor == number or (folder.exists(ADOPTED) and json.loads(folder.read_text(ADOPTED)) == mark):
+        return
+    wanted = _Adoption(donor=donor, point=dict(point), values=dict(values), mark=mark)
+    folder.publish(ADOPTING, wanted.model_dump_json())
+    complete_adoption(ledger, number)
 
-    `point` are the values by dimension of the space, `values` by key of the run: of its only phase.
-    """
-    folder, source = ledger.folder(number), ledger.folder(donor)
-    if folder.exists(ADOPTED) and json.loads(folder.read_text(ADOPTED)) == mark:
+
+def complete_adoption(ledger: Ledger, number: int) -> None:
+    """Do what adopting.json says, as far as a kill has left it undone."""
+    folder = ledger.folder(number)
+    if not folder.exists(ADOPTING):
         return
-    record, config = read_trial(folder), read_config(folder)
-    changed = Draft(config.model_dump(mode="json"), {}).config(values)
-    phase = f"phases/{changed.phases[0].name}"
-    for last in (False, False, True):
-        try:
-            step = _take_over(source / phase, folder / phase, _settings(folder, changed, record))
-            break
-        except (DataError, FileNotFoundError):  # the donor has dropped that checkpoint for a newer one
-            if last:
-                raise
-    if step is None:
-        return
-    if source.exists(METRICS):
-        folder.publish(METRICS, source.read(METRICS))  # a copy: it is appended to
-    write_config(folder, changed)
-    taken = (*record.taken_from, (donor, step))
-    ledger.write(record.model_copy(update={"point": dict(point), "values": dict(values), "taken_from": taken}))
-    folder.publish(ADOPTED, json.dumps(mark))
+    wanted = _Adoption.model_validate_json(folder.read(ADOPTING))
+    source, record = ledger.folder(wanted.donor), read_trial(folder)
+    config = Draft(read_config(folder).model_dump(mode="json"), {}).config(wanted.values)
+    phase = f"phases/{config.phases[0].name}"
+    step = _take_over(source / phase, folder / phase, _settings(folder, config, record))
+    if step is not None:
+        if source.exists(METRICS):
+            folder.publish(METRICS, source.read(METRICS))  # a copy: it is appended to
+        write_config(folder, config)
+        taken = (*record.taken_from, (wanted.donor, step))
+        changes = {"point": wanted.point, "values": wanted.values, "taken_from": taken}
+        ledger.write(record.model_copy(update=changes))
+    folder.publish(ADOPTED, json.dumps(wanted.mark))
+    folder.delete(ADOPTING)
 
 
 def _settings(folder: Store, config: RunConfig, record: TrialRecord) -> dict[str, JsonValue]:
@@ -189,17 +207,36 @@ def _settings(folder: Store, config: RunConfig, record: TrialRecord) -> dict[str
 def _take_over(source: Store, target: Store, settings: dict[str, JsonValue]) -> int | None:
     """Put the newest checkpoint (and best weights) of the phase `source` in the place of those of `target`, as if made
     with `settings`; its step, or None when there is none."""
-    latest = Checkpoints(source / "checkpoints", 1).latest()
-    if latest is None:
-        return None
-    for part in ("checkpoints", "candidates", "evaluations", BEST):
-        target.delete_folder(part)
-    name = f"step-{latest.step:08}"
-    for file in (source / "checkpoints" / name).names():
-        link_file(source / "checkpoints" / name, target / "checkpoints" / name, file)
+    for last in (False, False, True):
+        latest = Checkpoints(source / "checkpoints", 1).latest()
+        if latest is None:
+            return None
+        try:
+            _link_checkpoint(source, target, latest)
+            break
+        except (DataError, FileNotFoundError):  # the donor has dropped it for a newer one
+            if last:
+                raise
+    (target / BEST).delete(BEST_RECORD)
     if (source / BEST).exists(BEST_RECORD):
         for file in sorted((source / BEST).names(), key=lambda file: file == BEST_RECORD):
             link_file(source / BEST, target / BEST, file)
     progressed = latest.model_copy(update={"settings": settings})
-    (target / "checkpoints").publish(f"{name}.json", progressed.model_dump_json(indent=1))
+    (target / "checkpoints").publish(f"{_step(latest)}.json", progressed.model_dump_json(indent=1))
     return latest.step
+
+
+def _link_checkpoint(source: Store, target: Store, latest: Progressed) -> None:
+    """The files of a checkpoint, all but its record, in the place of everything that the target has."""
+    folder = source / "checkpoints" / _step(latest)
+    files = folder.names()
+    if len(files) != latest.num_ranks:
+        raise DataError(f"{folder.uri}: wanted the files of {latest.num_ranks} ranks, found {len(files)}")
+    for part in ("checkpoints", "candidates", "evaluations"):
+        target.delete_folder(part)
+    for file in files:
+        link_file(folder, target / "checkpoints" / _step(latest), file)
+
+
+def _step(progressed: Progressed) -> str:
+    return f"step-{progressed.step:08}"

@@ -30,6 +30,8 @@ from raydistill.search.ledger import Ledger, read_trial
 from raydistill.storage import Store
 
 FAILURE = "failure.json"
+WHOSE = "trial"
+"""The only file of what Ray Tune takes for a checkpoint: the number of the trial whose newest one is meant."""
 COORDINATOR_BYTES = 500e6
 """Memory that is booked for the process of a trial whose training has workers of its own."""
 UNWIND_SECONDS = 60
@@ -112,7 +114,7 @@ class _Book(tune.Callback):
         self._end(number, status="failed", **found)
 
     def _number(self, trial: Trial) -> int:
-        """A population's trials get the configuration of those they take over, number and all; their place stays."""
+        """A population's trials get the whole configuration of those they take over; only their place stays."""
         if self._places is not None:
             return self._places[place_of(trial.trial_id)]
         return int(trial.config["of"]["trial"])
@@ -133,7 +135,7 @@ def place_of(trial_id: str) -> int:
 def run_trials(trials: Trials) -> None:
     """Run until no trial is left. A trial that fails is tried once more; that it failed again is in the ledger."""
     for name in ("ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the ledger has the errors of trials
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     common = {"run": trials.ledger.run.uri, "wanted": [metric.name for metric in trials.sweep.metrics]}
@@ -199,7 +201,7 @@ def _fit(tuner: tune.Tuner) -> None:
 def _trial(config: dict[str, Any]) -> None:
     """The process of a trial; `config["of"]` says which, and for one of a population also its values."""
     # Here, not at the top: a process is asked for a trial before it has loaded torch.
-    from raydistill.search.trial import adopt, train_trial
+    from raydistill.search.trial import adopt, complete_adoption, train_trial
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(UNWIND_SECONDS)
@@ -213,14 +215,18 @@ def _trial(config: dict[str, Any]) -> None:
         if "places" not in of:
             tune.report(dict(values))
             return
-        with tempfile.TemporaryDirectory() as empty:  # the checkpoint is in the trial's own folder
-            Path(empty, "trial").write_text(str(number))
-            tune.report(dict(values), checkpoint=tune.Checkpoint.from_directory(empty))
+        with tempfile.TemporaryDirectory() as path:  # the weights are in the trial's own folder
+            Path(path, WHOSE).write_text(str(number))
+            tune.report(dict(values), checkpoint=tune.Checkpoint.from_directory(path))
 
+    checkpoint = tune.get_checkpoint()
     try:
-        if "mark" in of:
-            adopt(ledger, number, of["trial"], of["point"], of["values"], of["mark"])
-        train_trial(folder, tell, wanted=of["wanted"], told=tune.get_checkpoint() is not None)
+        complete_adoption(ledger, number)
+        if "mark" in of and checkpoint is not None:
+            with checkpoint.as_directory() as path:
+                donor = int(Path(path, WHOSE).read_text())
+            adopt(ledger, number, donor, of["point"], of["values"], of["mark"])
+        train_trial(folder, tell, wanted=of["wanted"], told=checkpoint is not None)
     except Exception as error:
         again = not isinstance(error, TrainingDiverged | ConfigError)
         text = str(error) if isinstance(error, RaydistillError) else f"{type(error).__name__}: {error}"
