@@ -1,4 +1,4 @@
-"""Trains the small autoencoder of configs/tiny/sdxl_vae.yaml on the emoji of both styles and writes it to `vae/` beside it.
+"""Trains the small autoencoder of configs/tiny/sdxl_vae.yaml on the emoji of both styles, into `vae/` beside it.
 
     python configs/tiny/teachers/train_vae.py [steps]
 
