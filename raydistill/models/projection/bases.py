@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +11,26 @@ from torch import Tensor
 from raydistill.config.models import ProjectionInit
 from raydistill.errors import ConfigError
 from raydistill.models.projection.heads import map_heads
-from raydistill.models.projection.maps import Map, Mix, Select, best, first, identity, leading
+from raydistill.models.projection.maps import (
+    Map,
+    Mix,
+    Select,
+    best,
+    best_of_groups,
+    first,
+    frequencies,
+    identity,
+    leading,
+)
+from raydistill.models.projection.match import Match
 from raydistill.models.projection.measure import Measured
-from raydistill.models.projection.structure import RESIDUAL, Piece, Structure, block_of, in_block
+from raydistill.models.projection.structure import RESIDUAL, Piece, Structure
 from raydistill.models.projection.tensors import Tensors
 
-OUTSIDE = ("text", "pooled", "latent", "frequency", "condition", "one", "time_ids")
+OUTSIDE = ("text", "pooled", "latent", "condition", "one", "patch_out")
 """Spaces of what comes from and goes to the outside: of another size they have another meaning, so nothing is cut."""
+FREQUENCIES = ("frequency",)
+"""Spaces of sinusoids of the timestep: cosines of rising wave lengths, then sines."""
 EXPERT = re.compile(r"(blocks\.\d+\.mlp\.experts)\.(\d+)\b")
 
 
@@ -51,11 +63,12 @@ class Bases:
         tensors: Tensors,
         init: ProjectionInit,
         measured: Measured,
-        blocks: Sequence[int],
+        match: Match,
     ):
         self.teacher, self.student, self._tensors = teacher, student, tensors
-        self._init, self._measured, self.blocks = init, measured, tuple(blocks)
+        self._init, self._measured, self.match = init, measured, match
         self._sizes = teacher.sizes
+        self._used = {match.name(name) for name in student.pieces if not EXPERT.match(name)}
         self.experts: dict[str, Experts] = {}
         self.query_scale: dict[str, float] = {}
         """By canonical name of an attention of the student."""
@@ -64,19 +77,24 @@ class Bases:
         self._choose()
 
     def teacher_name(self, name: str) -> str:
-        """The teacher's canonical name for a canonical name (or space) of the student."""
-        block = block_of(name)
+        """The teacher's canonical name for a canonical name of the student."""
+        return self.match.name(self._of_expert(name))
+
+    def teacher_space(self, space: str) -> str:
+        """The teacher's space for a space of the student."""
+        return self.match.space(self._of_expert(space))
+
+    def _of_expert(self, name: str) -> str:
         found = EXPERT.match(name)
-        if found is not None and found[1] in self.experts:
-            expert = self.experts[found[1]].members[int(found[2])][0]
-            name = f"{found[1]}.{expert}{name[found.end() :]}"
-        return name if block is None else in_block(name, self.blocks[block])
+        if found is None or found[1] not in self.experts:
+            return name
+        return f"{found[1]}.{self.experts[found[1]].members[int(found[2])][0]}{name[found.end() :]}"
 
     def _choose(self) -> None:
         sizes = self.student.sizes
         routers = [space for space in sizes if space.endswith(".mlp.expert")]
         for space in routers:
-            if (there := self.teacher_name(space)) in self._sizes:
+            if (there := self.teacher_space(space)) in self._sizes:
                 self._choose_experts(space, there, sizes[space])
         for name, attention in self.student.attentions.items():
             there = self.teacher_name(name)
@@ -88,7 +106,7 @@ class Bases:
                 self.maps |= {s: m for s, m in heads.spaces(name).items() if s in sizes}
                 self.query_scale[name] = heads.query_scale
         for space, size in sizes.items():
-            there = self.teacher_name(space)
+            there = self.teacher_space(space)
             if space not in self.maps and there in self._sizes:
                 found = self._map(space, there, size)
                 if found is not None:
@@ -109,6 +127,11 @@ class Bases:
             )
         if space == RESIDUAL:
             return self._residual(size)
+        if space in FREQUENCIES:
+            return frequencies(size, of)
+        groups = self.teacher.groups.get(there)
+        if groups and groups == self.student.groups.get(space):
+            return best_of_groups(self.scores(there), size, groups)
         return best(self.scores(there), size)
 
     def _residual(self, size: int) -> Map:
@@ -147,8 +170,7 @@ class Bases:
         """
         total = torch.zeros(self._sizes[space])
         for piece in self.teacher.readers(space):
-            block = block_of(piece.name)
-            if block is not None and block not in self.blocks:
+            if piece.name not in self._used and not EXPERT.match(piece.name):
                 continue
             columns = self._tensors.read(piece.stored, piece.index).float().pow(2)
             columns = columns.transpose(0, 1).flatten(1).sum(1)

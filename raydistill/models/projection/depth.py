@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from raydistill.errors import ConfigError
 from raydistill.models.layers import spread
+from raydistill.models.projection.match import Match
+from raydistill.models.projection.structure import BlockList, Structure
 
 Depth = str | tuple[int, ...]
 
@@ -54,9 +56,41 @@ def choose_blocks(
             raise AssertionError(f"unknown rule {other}")
 
 
-def list_rule(rule: Depth, layers: Mapping[str, tuple[int, ...]], name: str) -> tuple[Depth, str]:
-    """The rule for the list of blocks `name`, and the key of the configuration that it comes from."""
-    for pattern, blocks in layers.items():
-        if re.fullmatch(pattern, name):
-            return blocks, f"student.init.layers.{pattern}"
+def choose_lists(
+    rule: Depth,
+    layers: Mapping[str, tuple[int, ...]],
+    teacher: Structure,
+    student: Structure,
+    moved: Mapping[str, str],
+    removal: Mapping[str, float],
+) -> dict[str, tuple[int, ...]]:
+    """The teacher's blocks for each of the student's lists, by the list's canonical name.
+
+    `removal` is by the name of the teacher's module. `layers` are rules of the user for lists, by their names in the
+    student.
+    """
+    match = Match(teacher, student, moved)
+    theirs = {blocks.name: blocks for blocks in teacher.lists}
+    chosen = {}
+    for blocks in student.lists:
+        there = theirs.get(match.name(blocks.name))
+        if there is None:
+            continue
+        own, where = rule_of(rule, layers, blocks)
+        known = [removal[module] for module in there.modules] if removal else None
+        chosen[blocks.name] = choose_blocks(
+            own, len(there.modules), len(blocks.modules), removal=known, where=f"{where} ({_list_of(blocks)})"
+        )
+    return chosen
+
+
+def rule_of(rule: Depth, layers: Mapping[str, tuple[int, ...]], blocks: BlockList) -> tuple[Depth, str]:
+    """The rule for a list of blocks, and the key of the configuration that it comes from."""
+    for pattern, kept in layers.items():
+        if re.fullmatch(pattern, _list_of(blocks)):
+            return kept, f"student.init.layers.{pattern}"
     return rule, "student.init.depth"
+
+
+def _list_of(blocks: BlockList) -> str:
+    return blocks.modules[0].rpartition(".")[0] if blocks.modules else blocks.name

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raydistill.models.projection.rules import Rule, cut
-from raydistill.models.projection.structure import RESIDUAL, Attention, Norm, Piece, Structure
+from raydistill.models.projection.structure import RESIDUAL, Attention, BlockList, Norm, Piece, Structure
 
 _B = r"(?:.*\.)?layers\.(\d+)\."
 _IN, _POST = "blocks.{0}.attn_norm", "blocks.{0}.mlp_norm"
@@ -86,8 +86,7 @@ def language_structure(model: PreTrainedModel) -> Structure | None:
     return Structure(
         family="language",
         pieces=pieces,
-        num_blocks=int(config.num_hidden_layers),
-        block_modules=tuple(f"{blocks}.{i}" for i in range(config.num_hidden_layers)),
+        lists=(BlockList("blocks", tuple(f"{blocks}.{i}" for i in range(config.num_hidden_layers)), RESIDUAL),),
         norms=norms,
         attentions={name: a for name, a in attentions.items() if f"{name}.o.weight" in pieces},
         embed_scale=float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)),

@@ -91,6 +91,30 @@ def best(scores: Tensor, size: int) -> Select:
     return Select(order.sort().values, len(scores))
 
 
+def best_of_groups(scores: Tensor, size: int, groups: int) -> Select:
+    """As `best`, but as many of each of the `groups` neighbours, so that a channel stays in the group of its norm."""
+    if len(scores) % groups or size % groups:
+        return best(scores, size)
+    parts = scores.reshape(groups, -1)
+    kept = [best(part, size // groups).index + i * parts.shape[1] for i, part in enumerate(parts)]
+    return Select(torch.cat(kept), len(scores))
+
+
+def frequencies(size: int, of: int) -> Mix:
+    """Fewer sinusoids of a timestep: each of the teacher's goes to the student's of the nearest wave length.
+
+    Both are [cosines, sines], of frequencies that fall evenly on a logarithmic scale from 1 to 1/10,000. The matrix
+    adds up the weights of those that come together.
+    """
+    half, new = of // 2, size // 2
+    matrix = torch.zeros(of, size)
+    for i in range(half):
+        nearest = min(round(i * new / half), new - 1)
+        matrix[i, nearest] = 1.0
+        matrix[half + i, new + nearest] = 1.0
+    return Mix(matrix)
+
+
 def leading(covariance: Tensor, size: int) -> Mix:
     """The `size` leading eigenvectors of a covariance [n, n]; the sign of each makes its largest entry positive."""
     vectors = torch.linalg.eigh(covariance.double()).eigenvectors.flip(1)[:, :size]

@@ -43,8 +43,8 @@ class Measured:
     """[n, n]: mean of x xᵀ / mean(x²) over tokens and over the norms that read the residual stream."""
     routed: dict[str, Tensor] = field(default_factory=dict)
     """By canonical name of a router: share of the choices that each expert got."""
-    removal: tuple[float, ...] | None = None
-    """How far the output goes when each block is left out."""
+    removal: dict[str, float] = field(default_factory=dict)
+    """By module of a block: how far the output goes when it is left out."""
     kept: dict[str, float] = field(default_factory=dict)
     """By canonical name of a norm: the share of its input's length that the student's space keeps."""
 
@@ -129,8 +129,8 @@ def kept_lengths(
 
 def removal_changes(
     network: nn.Module, structure: Structure, calibration: Calibration, *, at_once: int = 8
-) -> tuple[float, ...]:
-    """How far the output goes from what it is when each block alone is left out; mean over batches.
+) -> dict[str, float]:
+    """By module of a block: how far the output goes from what it is when it alone is left out; mean over batches.
 
     The rows go through the network once more for each block left out, `at_once` of these copies side by side, so that
     a teacher that is read from disk is read blocks / at_once times. Source: Muralidharan et al. 2024, arXiv 2407.14679,
@@ -150,7 +150,7 @@ def removal_changes(
                 out = calibration.run(network, copies)
             for i, part in enumerate(out.split(len(out) // len(left_out))):
                 changes[start + i] += calibration.change(network, whole, network, part) / len(calibration.batches)
-    return tuple(changes)
+    return dict(zip(blocks, changes, strict=True))
 
 
 @contextmanager

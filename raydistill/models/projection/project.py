@@ -139,7 +139,7 @@ class Projector:
         found: list[Map | None] = []
         for mine, other, size in zip(ours, theirs, source.shape, strict=False):
             moved = self._bases.maps.get(mine)
-            if moved is None or moved.of != size or not (self._bases.teacher_name(mine) == other or moved.is_identity):
+            if moved is None or moved.of != size or not (self._bases.teacher_space(mine) == other or moved.is_identity):
                 return None
             found.append(moved)
         return found
@@ -178,6 +178,8 @@ class Projector:
         assert moved is not None, "gains have one axis, and it has a map"
         name = piece.name.rpartition(".")[0]
         there = source.name.rpartition(".")[0]
+        if there not in self.teacher.norms or name not in self.student.norms:  # group norms
+            return moved(value, 0), moved.is_identity
         offset, own = self.teacher.norms[there].offset, self.student.norms[name].offset
         factor = 1.0 if moved.is_identity else math.sqrt(moved.of / moved.size) * self._length(there, moved)
         factor *= self._gain_factor(name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,108 +13,115 @@ from torch import Tensor, nn
 
 from raydistill.models.projection.maps import Map
 from raydistill.models.projection.measure import Batch, Calibration, arguments
-from raydistill.models.projection.structure import Structure
 
 STREAM = "hidden_states"
-"""The parameter by which blocks take the residual stream."""
+"""The parameter by which blocks take their stream."""
 NUMBERS = 1 << 26
 """Most numbers of the student's streams that are kept at once."""
 
 
-class BlockErrors:
-    """Compares blocks. The teacher runs first; what its blocks take and give is kept in the student's basis."""
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A block of the student and the teacher's that it is made from."""
 
-    def __init__(self, teacher: Structure, student: Structure, blocks: Sequence[int], residual: Map):
-        self._teacher, self._student = teacher, student
-        self._blocks, self._residual = tuple(blocks), residual
-        self._taken: dict[int, Tensor] = {}
-        self._given: dict[int, Tensor] = {}
+    teacher: str
+    """Name of the teacher's module."""
+    student: str
+    """Name of the student's module."""
+    stream: Map
+    """The map of the stream that they take and give."""
 
-    @contextmanager
-    def watching(self, network: nn.Module) -> Iterator[None]:
-        """Keep the streams of the teacher `network` while it runs one batch."""
-        place = self._teacher.block_outputs.index(STREAM)
 
-        def keep(block: int) -> Callable[..., None]:
-            def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                taken = arguments(module, args, kwargs)[STREAM]
-                given = output[place] if isinstance(output, tuple) else output
-                self._taken[block] = self._moved(taken)
-                self._given[block] = self._moved(given)
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two networks."""
 
-            return look
+    network: nn.Module
+    outputs: tuple[str, ...]
+    """What its blocks give back, by the names of the parameters that they take it as."""
 
-        handles = [
-            network.get_submodule(self._teacher.block_modules[block]).register_forward_hook(
-                keep(block), with_kwargs=True
-            )
-            for block in set(self._blocks)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def errors(self, network: nn.Module, run: Callable[[], Tensor], valid: Tensor | None) -> tuple[float, ...]:
-        """Relative error of what each block of the student adds to the stream, each given the teacher's input."""
-        found = [float("nan")] * len(self._blocks)
-        place = self._student.block_outputs.index(STREAM)
-
-        def give(block: int) -> Callable[..., Any]:
-            def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                bound = inspect.signature(module.forward).bind(*args, **kwargs)
-                bound.arguments[STREAM] = self._taken[self._blocks[block]].to(bound.arguments[STREAM].dtype)
-                return bound.args, bound.kwargs
-
-            return put
-
-        def compare(block: int) -> Callable[..., None]:
-            def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                taken, given = self._taken[self._blocks[block]], self._given[self._blocks[block]]
-                ours = (output[place] if isinstance(output, tuple) else output).float() - taken
-                wanted = given - taken
-                if valid is not None and valid.shape == wanted.shape[:2]:
-                    ours, wanted = ours[valid], wanted[valid]
-                found[block] = float((ours - wanted).norm() / wanted.norm().clamp_min(1e-20))
-
-            return look
-
-        handles = []
-        for block, name in enumerate(self._student.block_modules):
-            module = network.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(give(block), with_kwargs=True))
-            handles.append(module.register_forward_hook(compare(block)))
-        try:
-            with torch.no_grad():
-                run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return tuple(found)
-
-    def _moved(self, x: Tensor) -> Tensor:
-        return self._residual(x.float(), x.ndim - 1)
+    def given(self, output: Any) -> Tensor:
+        """The stream among what a block gives back."""
+        found: Tensor = output[self.outputs.index(STREAM)] if isinstance(output, tuple) else output
+        return found
 
 
 def compare(
-    teacher_network: nn.Module,
-    student_network: nn.Module,
-    teacher: Structure,
-    student: Structure,
-    blocks: Sequence[int],
-    maps: Mapping[str, Map],
-    calibration: Calibration,
+    teacher: Side, student: Side, pairs: Sequence[Pair], calibration: Calibration
 ) -> tuple[tuple[float, ...], float]:
-    """Relative error of each block of the student, and how far its output is from the teacher's, on the first batch."""
-    errors = BlockErrors(teacher, student, blocks, maps["residual"])
-    batch = _cut(calibration.batches[0], maps["residual"].size * 2 * len(set(blocks)))
-    with errors.watching(teacher_network):
-        wanted = calibration.run(teacher_network, batch)
+    """Relative error of what each block of the student adds to its stream, and how far the student's output is from the
+    teacher's, on the first rows.
+
+    For the blocks each is given the projected input of the teacher's block:
+    |student's addition - projected addition of the teacher| / |projected addition of the teacher|.
+    """
+    batch = _cut(calibration.batches[0], 2 * sum(pair.stream.size for pair in pairs))
+    taken: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    with _kept(teacher, pairs, taken, given):
+        wanted = calibration.run(teacher.network, batch)
     with torch.no_grad():
-        found = calibration.run(student_network, batch)
-    output = calibration.change(teacher_network, wanted, student_network, found)
-    return errors.errors(student_network, lambda: calibration.run(student_network, batch), batch.get("valid")), output
+        found = calibration.run(student.network, batch)
+    output = calibration.change(teacher.network, wanted, student.network, found)
+    errors: dict[str, float] = {}
+    with _fed(student, pairs, taken, given, errors, batch.get("valid")), torch.no_grad():
+        calibration.run(student.network, batch)
+    return tuple(errors[pair.student] for pair in pairs), output
+
+
+@contextmanager
+def _kept(side: Side, pairs: Sequence[Pair], taken: dict[str, Tensor], given: dict[str, Tensor]) -> Iterator[None]:
+    """While the teacher runs, keep what its blocks take and give, in the student's spaces, by the student's block."""
+
+    def keep(pair: Pair) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before, after = arguments(module, args, kwargs)[STREAM].float(), side.given(output).float()
+            taken[pair.student] = pair.stream(before, before.ndim - 1)
+            given[pair.student] = pair.stream(after, after.ndim - 1)
+
+        return look
+
+    with ExitStack() as stack:
+        for pair in pairs:
+            handle = side.network.get_submodule(pair.teacher).register_forward_hook(keep(pair), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _fed(
+    side: Side,
+    pairs: Sequence[Pair],
+    taken: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    errors: dict[str, float],
+    valid: Tensor | None,
+) -> Iterator[None]:
+    """While the student runs, give each block the teacher's input, and put its error into `errors`."""
+
+    def feed(name: str) -> Callable[..., Any]:
+        def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            bound.arguments[STREAM] = taken[name].to(bound.arguments[STREAM].dtype)
+            return bound.args, bound.kwargs
+
+        return put
+
+    def look_at(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            ours, wanted = side.given(output).float() - taken[name], given[name] - taken[name]
+            if valid is not None and valid.shape == wanted.shape[:2]:
+                ours, wanted = ours[valid], wanted[valid]
+            errors[name] = float((ours - wanted).norm() / wanted.norm().clamp_min(1e-20))
+
+        return look
+
+    with ExitStack() as stack:
+        for pair in pairs:
+            module = side.network.get_submodule(pair.student)
+            stack.callback(module.register_forward_pre_hook(feed(pair.student), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(look_at(pair.student)).remove)
+        yield
 
 
 def _cut(batch: Batch, numbers_per_token: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from raydistill.config.base import Config
@@ -28,10 +29,12 @@ class TensorReport(Config):
 class BlockReport(Config):
     """One block of the student."""
 
+    list: str
+    """The list that it stands in, as the student names it."""
     block: int
-    """Its number."""
+    """Its number there."""
     teacher: int
-    """The teacher's block that it is made from."""
+    """The number of the teacher's block that it is made from."""
     error: float | None
     """Relative error of what the block adds to the residual stream, when it is given the projected input of the
     teacher's block: |student - projected teacher| / |projected teacher|; None where nothing was measured."""
@@ -69,7 +72,7 @@ class ProjectionReport(Config):
     """Share of the student's parameters that are exact or projected."""
     spaces: dict[str, str]
     """What became of each vector space (of one block, where all blocks are alike)."""
-    removal: tuple[float, ...] | None
+    removal: dict[str, float]
     """How far the teacher's output goes when each of its blocks is left out, where that was measured."""
     blocks: tuple[BlockReport, ...]
     """Blocks of the student."""
@@ -102,14 +105,23 @@ def table(report: ProjectionReport) -> str:
     if report.left_out:
         sizes = sorted(report.left_out.items(), key=lambda entry: -entry[1])
         lines.append(f"  left out of the teacher: {_some([f'{name} ({size:,})' for name, size in sizes])}")
-    if report.blocks:
-        kept = ", ".join(f"{b.teacher}" + ("" if b.error is None else f" ({b.error:.2f})") for b in report.blocks)
-        errors = " (relative error of what each adds)" if report.blocks[0].error is not None else ""
-        lines.append(f"  blocks of the teacher{errors}: {kept}")
+    lines += _blocks(report)
     if report.output_error is not None:
         lines.append(f"  output: {report.output_error:.4g} from the teacher's, before training")
     lines += [f"  {note}" for note in report.notes]
     return "\n".join(lines)
+
+
+def _blocks(report: ProjectionReport) -> Iterator[str]:
+    lists: dict[str, list[BlockReport]] = {}
+    for block in report.blocks:
+        lists.setdefault(block.list, []).append(block)
+    for name, blocks in list(lists.items())[:SHOWN]:
+        errors = " (relative error of what each adds)" if blocks[0].error is not None else ""
+        kept = ", ".join(f"{b.teacher}" + ("" if b.error is None else f" ({b.error:.2f})") for b in blocks)
+        yield f"  {name}{errors}: {kept}"
+    if len(lists) > SHOWN:
+        yield f"  and {len(lists) - SHOWN} more lists of blocks"
 
 
 def _some(names: list[str]) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from raydistill.config.models import ProjectionInit
 from raydistill.errors import ConfigError
 from raydistill.models.projection.bases import Bases
-from raydistill.models.projection.depth import choose_blocks, list_rule
+from raydistill.models.projection.depth import choose_lists, rule_of
 from raydistill.models.projection.maps import described
+from raydistill.models.projection.match import Match
 from raydistill.models.projection.measure import Calibration, Measured, kept_lengths, measure, removal_changes
 from raydistill.models.projection.project import Filled, Projector
-from raydistill.models.projection.reconstruct import compare
+from raydistill.models.projection.reconstruct import Pair, Side, compare
 from raydistill.models.projection.report import BlockReport, ProjectionReport, Share, TensorReport
 from raydistill.models.projection.stream import Streamed
-from raydistill.models.projection.structure import BLOCK, RESIDUAL, Structure, block_of
+from raydistill.models.projection.structure import RESIDUAL, Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Sides:
     student: Structure
     network: nn.Module
     """The student, randomly initialised."""
+    moved: Mapping[str, str] = field(default_factory=dict)
+    """Paths of the student that stand elsewhere in the teacher, apart from blocks."""
     top_k: int = 0
     """Experts that a token of the teacher is routed to."""
     notes: tuple[str, ...] = ()
@@ -40,42 +44,53 @@ class Sides:
 
 def project(sides: Sides, init: ProjectionInit, calibration: Calibration | None) -> ProjectionReport:
     """Fill `sides.network` from the teacher. `ConfigError` says what does not go together; the student is then void."""
-    _require_rule(sides)
-    rule, where = list_rule(init.depth, init.layers, _list_name(sides.student))
-    measured = _measured(sides, init, calibration, rule)
-    blocks = choose_blocks(
-        rule, sides.teacher.num_blocks, sides.student.num_blocks, removal=measured.removal, where=where
-    )
-    bases = Bases(sides.teacher, sides.student, sides.streamed.tensors, init, measured, blocks)
+    measured = _measured(sides, init, calibration)
+    chosen = choose_lists(init.depth, init.layers, sides.teacher, sides.student, sides.moved, measured.removal)
+    match = Match(sides.teacher, sides.student, _moved(sides, chosen))
+    _require_rule(sides, match)
+    bases = Bases(sides.teacher, sides.student, sides.streamed.tensors, init, measured, match)
     if calibration is not None:
         measured.kept = _kept(sides, bases, calibration)
     projector = Projector(sides.teacher, sides.student, sides.streamed.tensors, bases, init, measured.kept)
     filled = projector.fill(sides.network)
-    report = _report(sides, init, bases, measured, filled, 0 if calibration is None else init.calibration_rows)
+    report = _report(sides, init, bases, chosen, measured, filled, 0 if calibration is None else init.calibration_rows)
     _require_coverage(report, init)
-    if calibration is None or not blocks or RESIDUAL not in bases.maps:
+    pairs = _pairs(sides, bases, chosen)
+    if calibration is None or not pairs:
         return report
     with sides.streamed.ready() as network:
-        errors, output = compare(network, sides.network, sides.teacher, sides.student, blocks, bases.maps, calibration)
-    rows = tuple(b.model_copy(update={"error": e}) for b, e in zip(report.blocks, errors, strict=True))
-    return report.model_copy(update={"blocks": rows, "output_error": output})
+        teacher = Side(network, sides.teacher.block_outputs)
+        errors, output = compare(teacher, Side(sides.network, sides.student.block_outputs), pairs, calibration)
+    found = {pair.student: error for pair, error in zip(pairs, errors, strict=True)}
+    blocks = tuple(b.model_copy(update={"error": found.get(f"{b.list}.{b.block}")}) for b in report.blocks)
+    return report.model_copy(update={"blocks": blocks, "output_error": output})
 
 
-def _measured(sides: Sides, init: ProjectionInit, calibration: Calibration | None, rule: object) -> Measured:
+def _measured(sides: Sides, init: ProjectionInit, calibration: Calibration | None) -> Measured:
     """What the choices need of the teacher; nothing where everything is copied."""
     if calibration is None:
         return Measured()
     theirs, ours = sides.teacher.sizes, sides.student.sizes
     narrower = Counter(theirs.values()) != Counter(ours.values())
-    shallower = sides.teacher.num_blocks != sides.student.num_blocks
+    shallower = len(sides.teacher.block_modules) != len(sides.student.block_modules)
+    rules = [rule_of(init.depth, init.layers, blocks)[0] for blocks in sides.student.lists]
     found = Measured()
     wants_covariance = init.basis == "pca" and theirs.get(RESIDUAL) != ours.get(RESIDUAL)
     with sides.streamed.ready() as network:
         if narrower:
             found = measure(network, sides.teacher, calibration, covariance=wants_covariance, top_k=sides.top_k)
-        if rule == "importance" and shallower:
+        if "importance" in rules and shallower:
             found.removal = removal_changes(network, sides.teacher, calibration)
     return found
+
+
+def _moved(sides: Sides, chosen: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The student's paths that stand elsewhere in the teacher, with its blocks."""
+    stages = Match(sides.teacher, sides.student, sides.moved)
+    blocks = {
+        f"{name}.{i}": f"{stages.name(name)}.{block}" for name, kept in chosen.items() for i, block in enumerate(kept)
+    }
+    return {**sides.moved, **blocks}
 
 
 def _kept(sides: Sides, bases: Bases, calibration: Calibration) -> dict[str, float]:
@@ -92,14 +107,29 @@ def _kept(sides: Sides, bases: Bases, calibration: Calibration) -> dict[str, flo
         return kept_lengths(network, sides.teacher, calibration, maps)
 
 
-def _require_rule(sides: Sides) -> None:
-    shared = [n for n, piece in sides.student.pieces.items() if n in sides.teacher.pieces]
-    if not shared and sides.student.num_blocks == 0:
-        raise ConfigError(
-            f"student.init: wanted a teacher and a student that share rules, found none that name tensors of both "
-            f"{sides.source} ({sides.teacher.family}) and the student ({sides.student.family}). Give "
-            f"student.init.rename."
-        )
+def _pairs(sides: Sides, bases: Bases, chosen: Mapping[str, tuple[int, ...]]) -> list[Pair]:
+    """Blocks of the student with the teacher's, where their streams can be compared."""
+    theirs = {blocks.name: blocks for blocks in sides.teacher.lists}
+    pairs = []
+    for blocks in sides.student.lists:
+        stream = bases.maps.get(blocks.space)
+        if blocks.name not in chosen or stream is None:
+            continue
+        there = theirs[bases.match.name(f"{blocks.name}.0").rpartition(".")[0]]
+        pairs += [
+            Pair(there.modules[block], ours, stream)
+            for ours, block in zip(blocks.modules, chosen[blocks.name], strict=True)
+        ]
+    return pairs
+
+
+def _require_rule(sides: Sides, match: Match) -> None:
+    if any(match.name(name) in sides.teacher.pieces for name in sides.student.pieces):
+        return
+    raise ConfigError(
+        f"student.init: wanted a teacher and a student that share rules, found none that name tensors of both "
+        f"{sides.source} ({sides.teacher.family}) and the student ({sides.student.family}). Choose two of one kind."
+    )
 
 
 def _require_coverage(report: ProjectionReport, init: ProjectionInit) -> None:
@@ -115,12 +145,14 @@ def _require_coverage(report: ProjectionReport, init: ProjectionInit) -> None:
     )
 
 
-def _list_name(structure: Structure) -> str:
-    return structure.block_modules[0].rpartition(".")[0] if structure.block_modules else ""
-
-
 def _report(
-    sides: Sides, init: ProjectionInit, bases: Bases, measured: Measured, filled: Filled, rows: int
+    sides: Sides,
+    init: ProjectionInit,
+    bases: Bases,
+    chosen: Mapping[str, tuple[int, ...]],
+    measured: Measured,
+    filled: Filled,
+    rows: int,
 ) -> ProjectionReport:
     tensors = []
     for name, tensor in sides.network.state_dict().items():
@@ -155,9 +187,13 @@ def _report(
         coverage=1 - missing / max(total, 1),
         spaces=_spaces(bases),
         removal=measured.removal,
-        blocks=tuple(BlockReport(block=i, teacher=b, error=None) for i, b in enumerate(bases.blocks)),
+        blocks=tuple(
+            BlockReport(list=blocks.modules[0].rpartition(".")[0], block=i, teacher=block, error=None)
+            for blocks in sides.student.lists
+            for i, block in enumerate(chosen.get(blocks.name, ()))
+        ),
         output_error=None,
-        left_out=_left_out(sides, bases, filled),
+        left_out=_left_out(sides, bases, chosen, filled),
         notes=sides.notes,
         tensors=tuple(unique),
     )
@@ -173,27 +209,26 @@ def _spaces(bases: Bases) -> dict[str, str]:
     found: dict[str, str] = {}
     for space in bases.student.sizes:
         moved = bases.maps.get(space)
-        name = BLOCK.sub("blocks.*", space, count=1)
-        name = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        name = ".".join("*" if part.isdigit() else part for part in space.split("."))
         found.setdefault(name, str(described(moved)) if moved is not None else "not in the teacher, random")
     return found
 
 
-def _left_out(sides: Sides, bases: Bases, filled: Filled) -> dict[str, int]:
+def _left_out(sides: Sides, bases: Bases, chosen: Mapping[str, tuple[int, ...]], filled: Filled) -> dict[str, int]:
+    """Sizes of the teacher's tensors of which nothing is in the student; blocks that were left out in one."""
     used = {name for sources in filled.sources.values() for name in sources}
-    kept = set(bases.blocks)
+    kept = {
+        f"{bases.match.name(f'{name}.0').rpartition('.')[0]}.{block}" for name, some in chosen.items() for block in some
+    }
+    dropped = {
+        f"{blocks.name}.{i}." for blocks in sides.teacher.lists for i in range(len(blocks.modules))
+        if f"{blocks.name}.{i}" not in kept
+    }  # fmt: skip
     left: dict[str, int] = {}
-    sizes: dict[str, int] = {}
     for piece in sides.teacher.pieces.values():
-        sizes[piece.stored] = sizes.get(piece.stored, 0) + piece.size
-        block = block_of(piece.name)
-        if block is not None and block not in kept:
-            left["blocks"] = left.get("blocks", 0) + piece.size
-            used.add(piece.stored)
-    known = dict(sizes)
-    for name, shape in sides.streamed.tensors.shapes.items():
-        size = 1
-        for length in shape:
-            size *= length
-        known.setdefault(name, size)
-    return left | {name: size for name, size in known.items() if name not in used}
+        if piece.stored not in used:
+            name = "blocks" if piece.name.startswith(tuple(dropped)) else piece.stored
+            left[name] = left.get(name, 0) + piece.size
+    for name in sides.teacher.unmatched:
+        left[name] = math.prod(sides.streamed.tensors.shapes[name])
+    return left

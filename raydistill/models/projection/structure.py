@@ -8,7 +8,6 @@ everywhere: that is what lets projections compose through the network.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +16,6 @@ from raydistill.models.projection.tensors import Index
 
 RESIDUAL = "residual"
 """The space of the residual stream."""
-BLOCK = re.compile(r"blocks\.(\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +89,18 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockList:
+    """A list of blocks that a shallower student has fewer of."""
+
+    name: str
+    """Canonical name, e.g. `blocks`."""
+    modules: tuple[str, ...]
+    """Names of the blocks' modules."""
+    space: str
+    """The space of the stream that they take and give."""
+
+
+@dataclass(frozen=True, slots=True)
 class Structure:
     """A network as projection sees it."""
 
@@ -98,10 +108,8 @@ class Structure:
     """Name of the rules."""
     pieces: Mapping[str, Piece]
     """By canonical name."""
-    num_blocks: int
-    """Blocks, canonical `blocks.0` …; 0 where there is no list of them."""
-    block_modules: tuple[str, ...]
-    """Names of the modules of these blocks."""
+    lists: tuple[BlockList, ...]
+    """Lists of blocks."""
     block_outputs: tuple[str, ...] = ("hidden_states",)
     """What a block gives back, by the names of the parameters that it takes it as."""
     norms: Mapping[str, Norm] = field(default_factory=dict)
@@ -112,8 +120,17 @@ class Structure:
     """Factor of embeddings when they are looked up."""
     rotates: str | None = None
     """Why the basis of the residual stream cannot be rotated; None where it can."""
+    groups: Mapping[str, int] = field(default_factory=dict)
+    """Groups of the group norms on a space, by its name."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of spaces: those that a residual connection ties to the space that is named."""
     unmatched: tuple[str, ...] = ()
     """Tensors that no rule knows."""
+
+    @property
+    def block_modules(self) -> tuple[str, ...]:
+        """Names of the modules of all blocks."""
+        return tuple(module for blocks in self.lists for module in blocks.modules)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -137,14 +154,3 @@ class Structure:
 
     def _matrices(self) -> Iterator[Piece]:
         return (p for p in self.pieces.values() if len(p.spaces) > 1 and not p.is_gain)
-
-
-def in_block(name: str, block: int) -> str:
-    """A canonical name with the number of its block replaced."""
-    return BLOCK.sub(f"blocks.{block}", name, count=1)
-
-
-def block_of(name: str) -> int | None:
-    """The number of the block that a canonical name belongs to."""
-    found = BLOCK.match(name)
-    return int(found[1]) if found else None
