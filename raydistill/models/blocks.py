@@ -87,7 +87,7 @@ def copy_blocks(student: nn.Module, larger: nn.Module, *, where: str) -> Kept:
 
 def source_names(student: nn.Module, larger: nn.Module, *, where: str) -> dict[str, str]:
     """For each tensor of `student` the name of the tensor of `larger` that it would be copied from."""
-    prefixes = dict(_prefixes(student, larger, where))
+    prefixes = dict(kept_prefixes(student, larger, where=where))
     found = {}
     for name in student.state_dict():
         parts = name.split(".")
@@ -103,7 +103,7 @@ def source_names(student: nn.Module, larger: nn.Module, *, where: str) -> dict[s
     return found
 
 
-def _prefixes(student: nn.Module, larger: nn.Module, where: str) -> Iterator[tuple[str, str]]:
+def kept_prefixes(student: nn.Module, larger: nn.Module, *, where: str) -> Iterator[tuple[str, str]]:
     """Paths of the student's modules and those they are copied from."""
     for place in ("down_blocks", "up_blocks"):
         ours, theirs = _list(student, place), _list(larger, place)

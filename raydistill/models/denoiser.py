@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import logging
@@ -36,9 +37,16 @@ from raydistill.models.sources import resolve_source
 from raydistill.signals import JsonValue
 
 NETWORKS: dict[str, type[ModelMixin]] = {
-    kind.__name__: kind for kind in (UNet2DConditionModel, UNet2DModel, SD3Transformer2DModel, PixArtTransformer2DModel)
+    kind.__name__: kind
+    for kind in (
+        UNet2DConditionModel,
+        UNet2DModel,
+        SD3Transformer2DModel,
+        PixArtTransformer2DModel,
+        WanTransformer3DModel,
+    )
 }
-"""Classes that `predict` knows how to ask, by their name in config.json."""
+"""Classes that `predict` knows how to ask, by their name in config.json; Wan's about images, which are one frame."""
 FOLDERS = ("unet", "transformer")
 """Where a denoiser lies inside a pipeline."""
 SCHEDULER = "scheduler_config.json"
@@ -118,6 +126,17 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def stored(model: DiffusersModel) -> tuple[dict[str, JsonValue], list[Path]]:
+    """The config.json of a denoiser and its safetensors files, neither of which is read any further."""
+    part = _part(model, weights=True)
+    if not part.weights:
+        raise DataError(
+            f"{model.source}: wanted weights (diffusion_pytorch_model*.safetensors) in {part.folder}, found "
+            f"{listing(part.folder)}. Weights in other formats are not read; save them as safetensors."
+        )
+    return _config(part), part.weights
+
+
 def denoiser_config(model: DiffusersModel) -> dict[str, JsonValue]:
     """Its config.json with `overrides` applied; reads no weights. `ConfigError` for unknown overrides or classes."""
     config = _config(_part(model, weights=False))
@@ -178,6 +197,7 @@ _UNDERSTOOD: dict[str, dict[str, tuple[JsonValue, ...]]] = {
         "num_class_embeds": (None,),
     },
     "UNet2DModel": {"class_embed_type": (None,), "num_class_embeds": (None,)},
+    "WanTransformer3DModel": {"image_dim": (None,)},
 }
 """Settings that ask for inputs which we do not have, and their values that do not."""
 
@@ -292,6 +312,8 @@ def shapes_of(network: nn.Module) -> Shapes:
             )
         case PixArtTransformer2DModel():
             return Shapes(config.in_channels, config.caption_channels, 0, config.patch_size)
+        case WanTransformer3DModel():
+            return Shapes(config.in_channels, config.text_dim, 0, config.patch_size[1])
         case _:
             raise _unknown(network)
 
@@ -351,6 +373,9 @@ def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[st
                 added_cond_kwargs=added,
                 return_dict=False,
             )[0]
+        case WanTransformer3DModel():
+            text = wanted("prompt_embeds")
+            out = network(x[:, :, None], timestep=t, encoder_hidden_states=text, return_dict=False)[0][:, :, 0]
         case _:
             raise _unknown(network)
     return out[:, : x_t.shape[1]].float()

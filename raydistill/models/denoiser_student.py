@@ -22,6 +22,7 @@ from raydistill.config.models import (
     CheckpointInit,
     DiffusersModel,
     PretrainedInit,
+    ProjectionInit,
     RandomInit,
     StudentConfig,
 )
@@ -39,7 +40,9 @@ from raydistill.models.denoiser import (
 )
 from raydistill.models.hub import first_line
 from raydistill.models.parts import find_part, listing
+from raydistill.models.projection.denoiser import project_denoiser
 from raydistill.models.projection.measure import Rows
+from raydistill.models.projection.report import table
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -51,7 +54,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def build_denoiser(student: StudentConfig, *, seed: int, rows: Rows | None = None) -> ModelMixin:
     """The student before training: fp32, on the CPU, in evaluation mode, with `.process` and `.scheduler_config`.
 
-    `seed` decides whatever starts at random, the same in every process. Weights are read in `student.model.dtype`.
+    `seed` decides whatever starts at random, the same in every process. `rows` gives training rows for a projection
+    that is calibrated. Weights are read in `student.model.dtype`.
     `ConfigError` says what does not fit, or that a scheduler is missing.
     """
     source = student.model
@@ -71,9 +75,16 @@ def build_denoiser(student: StudentConfig, *, seed: int, rows: Rows | None = Non
             found = copy_blocks(network, larger, where=f"student.init (blocks of {source.source})")
             print(f"student: {found}", flush=True)
             kept = found.facts()
+        case ProjectionInit():
+            network = _random(source, seed).eval()
+            process = process_of_scheduler(schedule)
+            report = project_denoiser(network, student.init, rows, process=process, source=source.source)
+            print(table(report), flush=True)
+            cast(Any, network).projection = report
         case other:
             raise ConfigError(
-                f"student.init.kind: a denoiser wants pretrained, checkpoint, random or blocks, found {other.kind}."
+                "student.init.kind: a denoiser wants pretrained, checkpoint, random, blocks or projection, found "
+                f"{other.kind}."
             )
     nn.Module.to(network, torch.float32)
     _attach(network.eval(), schedule, kept)

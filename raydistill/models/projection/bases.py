@@ -27,7 +27,7 @@ from raydistill.models.projection.measure import Measured
 from raydistill.models.projection.structure import RESIDUAL, Piece, Structure
 from raydistill.models.projection.tensors import Tensors
 
-OUTSIDE = ("text", "pooled", "latent", "condition", "one", "patch_out")
+OUTSIDE = ("text", "pooled", "latent", "latent_out", "condition", "one", "patch_out", "positions", "resolution")
 """Spaces of what comes from and goes to the outside: of another size they have another meaning, so nothing is cut."""
 FREQUENCIES = ("frequency",)
 """Spaces of sinusoids of the timestep: cosines of rising wave lengths, then sines."""
@@ -74,6 +74,7 @@ class Bases:
         """By canonical name of an attention of the student."""
         self.maps: dict[str, Map] = {}
         """By name of a space of the student; spaces that the teacher has not are not there."""
+        self._require_rotation()
         self._choose()
 
     def teacher_name(self, name: str) -> str:
@@ -89,6 +90,18 @@ class Bases:
         if found is None or found[1] not in self.experts:
             return name
         return f"{found[1]}.{self.experts[found[1]].members[int(found[2])][0]}{name[found.end() :]}"
+
+    def _require_rotation(self) -> None:
+        """`ConfigError` where a rotation is asked for, is needed, and is not possible."""
+        why = self.teacher.rotates or self.student.rotates
+        streams = {RESIDUAL, *self.student.groups, *(blocks.space for blocks in self.student.lists)}
+        sizes = self.student.sizes
+        narrower = any(sizes[s] != self._sizes.get(self.match.space(s), sizes[s]) for s in streams if s in sizes)
+        if self._init.basis != "importance" and why is not None and narrower:
+            raise ConfigError(
+                f"student.init.basis: {self._init.basis} rotates the residual stream, which these models do not allow: "
+                f"{why}. Use basis: importance, which selects channels."
+            )
 
     def _choose(self) -> None:
         sizes = self.student.sizes
@@ -138,11 +151,6 @@ class Bases:
         basis = self._init.basis
         if basis == "importance":
             return best(self.scores(RESIDUAL), size)
-        if self.teacher.rotates is not None or self.student.rotates is not None:
-            raise ConfigError(
-                f"student.init.basis: {basis} rotates the residual stream, which these models do not allow: "
-                f"{self.teacher.rotates or self.student.rotates}. Use basis: importance, which selects channels."
-            )
         if "head.weight" not in self.student.pieces:
             raise ConfigError(
                 f"student.init.basis: {basis} folds the last norm into the output head, which is then no longer the "
@@ -180,7 +188,8 @@ class Bases:
 
     def _moments(self, piece: Piece) -> Tensor:
         if piece.stored in self._measured.moments:
-            return self._measured.moments[piece.stored]
+            found = self._measured.moments[piece.stored]
+            return found[piece.index[1]] if len(piece.index) > 1 else found
         if piece.norm is not None and f"{piece.norm}.weight" in self.teacher.pieces:
             gain = self.teacher.pieces[f"{piece.norm}.weight"]
             offset = self.teacher.norms[piece.norm].offset if piece.norm in self.teacher.norms else 0.0

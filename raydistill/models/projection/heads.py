@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raydistill.errors import ConfigError
 from raydistill.models.projection.maps import Map, Mix, Select, best, blocks_of, identity
-from raydistill.models.projection.structure import Attention
+from raydistill.models.projection.structure import Attention, Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +175,20 @@ def _positions(teacher: Attention, student: Attention, by_head: Tensor) -> Tenso
     if bool(teacher.pairs) != bool(student.pairs) or (not teacher.pairs and not student.pairs):
         return _spread(teacher.head_dim, student.head_dim)
     positions = torch.full((student.head_dim,), -1)
-    free = list(teacher.pairs)
-    for left, (i, j, angle) in zip(range(len(student.pairs), 0, -1), student.pairs, strict=True):
-        # Enough pairs must stay for the student's slower ones, which come later.
-        nearest = min(range(len(free) - left + 1), key=lambda k: (_apart(free[k][2], angle), k))
-        positions[i], positions[j] = free[nearest][0], free[nearest][1]
-        free = free[nearest + 1 :]
+    unused: list[Pair] = []
+    for axis in sorted({pair[3] for pair in student.pairs}):
+        ours, free = ([p for p in side.pairs if p[3] == axis] for side in (student, teacher))
+        for left, (i, j, angle, _) in zip(range(len(ours), 0, -1), ours, strict=True):
+            # Enough pairs must stay for the student's slower ones, which come later.
+            if len(free) < left:
+                break
+            nearest = min(range(len(free) - left + 1), key=lambda k: (_apart(free[k][2], angle), k))
+            positions[i], positions[j] = free[nearest][0], free[nearest][1]
+            unused += free[:nearest]
+            free = free[nearest + 1 :]
+        unused += free
     turning = {p for pair in teacher.pairs for p in pair[:2]}
-    still = [p for p in range(teacher.head_dim) if p not in turning] + [p for pair in free for p in pair[:2]]
+    still = [p for p in range(teacher.head_dim) if p not in turning] + [p for pair in unused for p in pair[:2]]
     open_ = (positions < 0).nonzero().flatten()
     if len(still) < len(open_):
         still = [p for p in range(teacher.head_dim) if p not in positions.tolist()]

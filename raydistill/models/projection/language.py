@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raydistill.models.projection.rules import Rule, cut
-from raydistill.models.projection.structure import RESIDUAL, Attention, BlockList, Norm, Piece, Structure
+from raydistill.models.projection.structure import RESIDUAL, Attention, BlockList, Norm, Pair, Piece, Structure
 
 _B = r"(?:.*\.)?layers\.(\d+)\."
 _IN, _POST = "blocks.{0}.attn_norm", "blocks.{0}.mlp_norm"
@@ -169,7 +169,7 @@ def _attentions(model: PreTrainedModel, blocks: str) -> dict[str, Attention]:
     return found
 
 
-def _pairs(model: PreTrainedModel, block: int, head_dim: int) -> tuple[tuple[int, int, float], ...]:
+def _pairs(model: PreTrainedModel, block: int, head_dim: int) -> tuple[Pair, ...]:
     """Rotary pairs of a block: (j, j + n/2) of the first n positions of a head, or neighbours."""
     rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
     if rotary is None:
@@ -183,8 +183,8 @@ def _pairs(model: PreTrainedModel, block: int, head_dim: int) -> tuple[tuple[int
     half = len(angles)
     values = angles.float().tolist()
     if _interleaved(model.get_submodule(f"{_blocks_name(model)}.{block}.self_attn")):
-        return tuple((2 * j, 2 * j + 1, values[j]) for j in range(half))
-    return tuple((j, j + half, values[j]) for j in range(half))
+        return tuple((2 * j, 2 * j + 1, values[j], 0) for j in range(half))
+    return tuple((j, j + half, values[j], 0) for j in range(half))
 
 
 def _interleaved(attention: nn.Module) -> bool:

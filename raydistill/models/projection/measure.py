@@ -163,8 +163,9 @@ def _left_out(network: nn.Module, structure: Structure, rows: Mapping[str, slice
             outputs = output if isinstance(output, tuple) else (output,)
             changed = []
             for name, value in zip(structure.block_outputs, outputs, strict=False):
-                copy = value.clone()
-                copy[here] = given[name][here]
+                copy = None if value is None else value.clone()
+                if copy is not None:
+                    copy[here] = given[name][here]
                 changed.append(copy)
             changed += outputs[len(changed) :]
             return tuple(changed) if isinstance(output, tuple) else changed[0]

@@ -125,6 +125,8 @@ class Projector:
             return None
         if fitted is not value and fitted.shape != value.shape:
             exact = False
+        if piece.scales is not None and (scale := self._scale(piece.scales)) != 1.0:
+            fitted, exact = fitted.float() * scale + (scale - 1.0 if piece.is_constant else 0.0), False
         factor = self._factor(piece)
         if factor != 1.0:
             fitted, exact = fitted.float() * factor, False
@@ -180,21 +182,33 @@ class Projector:
         there = source.name.rpartition(".")[0]
         if there not in self.teacher.norms or name not in self.student.norms:  # group norms
             return moved(value, 0), moved.is_identity
-        offset, own = self.teacher.norms[there].offset, self.student.norms[name].offset
+        offset, ours = self.teacher.norms[there].offset, self.student.norms[name].offset
         factor = 1.0 if moved.is_identity else math.sqrt(moved.of / moved.size) * self._length(there, moved)
         factor *= self._gain_factor(name)
         if piece.name.endswith(".bias"):
-            return (value, True) if moved.is_identity else (moved(value, 0), False)
-        if moved.is_identity and factor == 1.0 and offset == own:
+            own = self._gain_factor(name)
+            return (value, True) if moved.is_identity and own == 1.0 else (moved(value, 0).float() * own, False)
+        if moved.is_identity and factor == 1.0 and offset == ours:
             return value, True
         if isinstance(moved, Mix):
-            return torch.full((moved.size,), factor) - own, False
-        return (moved(value, 0).float() + offset) * factor - own, False
+            return torch.full((moved.size,), factor) - ours, False
+        return (moved(value, 0).float() + offset) * factor - ours, False
 
     def _length(self, norm: str, moved: Map) -> float:
         """The share of the length of a norm's input that is kept; unmeasured: all by a basis, its part by selecting."""
         unmeasured = 1.0 if isinstance(moved, Mix) else math.sqrt(moved.size / moved.of)
         return self._kept.get(norm, unmeasured)
+
+    def _scale(self, norm: str) -> float:
+        """The factor of a norm without gain; of one that stands for those of all blocks the mean over these."""
+        pattern = re.escape(norm).replace(r"\*", r"\d+")
+        found = []
+        for name, one in self.student.norms.items():
+            moved = self._bases.maps.get(one.space)
+            if re.fullmatch(pattern, name) and moved is not None:
+                length = self._length(self._bases.teacher_name(name), moved)
+                found.append(1.0 if moved.is_identity else math.sqrt(moved.of / moved.size) * length)
+        return sum(found) / len(found) if found else 1.0
 
     def _gain_factor(self, name: str) -> float:
         """What else a gain carries: the scale of queries, and of tied embeddings that are looked up scaled."""

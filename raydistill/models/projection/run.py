@@ -63,7 +63,7 @@ def project(sides: Sides, init: ProjectionInit, calibration: Calibration | None)
         errors, output = compare(teacher, Side(sides.network, sides.student.block_outputs), pairs, calibration)
     found = {pair.student: error for pair, error in zip(pairs, errors, strict=True)}
     blocks = tuple(b.model_copy(update={"error": found.get(f"{b.list}.{b.block}")}) for b in report.blocks)
-    return report.model_copy(update={"blocks": blocks, "output_error": output})
+    return report.model_copy(update={"blocks": blocks, "output_error": None if math.isnan(output) else output})
 
 
 def _measured(sides: Sides, init: ProjectionInit, calibration: Calibration | None) -> Measured:

@@ -8,6 +8,7 @@ everywhere: that is what lets projections compose through the network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,14 +39,19 @@ class Piece:
     """Whether it is the gain of a norm."""
     is_table: bool = False
     """Whether its rows are looked up, as those of an embedding are."""
+    scales: str | None = None
+    """Canonical name of the norm without gain whose output is multiplied by 1 + this; with `*` for the block, when it
+    is shared by all."""
 
     @property
     def size(self) -> int:
         """Numbers in it."""
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it multiplies nothing: a bias or a table of modulations."""
+        return len([space for space in self.spaces if space != "kernel"]) < 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,11 @@ class Norm:
     kind: Literal["rms", "layer"]
     offset: float = 0.0
     """The gain is this plus its tensor: 1 in Gemma, whose tensors are around 0."""
+
+
+Pair = tuple[int, int, float, int]
+"""Two numbers of a query or key that turn together, their angle per position, and the axis of the position (0 of text;
+0, 1 and 2 for time, height and width)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +87,8 @@ class Attention:
     """Numbers of a query and of a key."""
     value_dim: int
     """Numbers of a value."""
-    pairs: tuple[tuple[int, int, float], ...] = ()
-    """Rotary pairs: two positions in a head that turn together, and their angle per position; positions in no pair do
-    not turn."""
+    pairs: tuple[Pair, ...] = ()
+    """Rotary pairs; positions in none do not turn."""
     scale: float = 1.0
     """Factor of query · key."""
 
