@@ -1,10 +1,11 @@
 """Relative error of the gradient of the short forms against the full KL divergence, on real teacher output.
 
 Teacher: SmolLM2-135M. Students: the same model without some of its blocks, as cut, and the smallest also after a short
-distillation on other text (full KL in bf16), which is where a student spends its training. Compared is the gradient
+distillation on other text (full KL in bf16), which is where a student spends its training; and, if given, a student that
+another run exported (that of the quickstart). Compared is the gradient
 with respect to the head's weight and to the hidden states, per form: ‖g - g_full‖ / ‖g_full‖, in fp32, T = 1.
 
-    python benchmarks/gradient_error.py MODEL_FOLDER [tokens] [training steps]
+    python benchmarks/gradient_error.py MODEL_FOLDER [tokens] [training steps] [STUDENT_FOLDER]
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def compare(student: PreTrainedModel, ids: Tensor, log_p: Tensor, forms: dict[st
     return {"kl_to_teacher": divergence, "relative_error": errors}
 
 
-def main(folder: str, tokens: int = 1024, steps: int = 40) -> None:
+def main(folder: str, tokens: int = 1024, steps: int = 40, exported: str | None = None) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     every = text_ids(folder, 4 * tokens)
     ids, other = every[: tokens // ROW], every[tokens // ROW :]
@@ -127,6 +128,9 @@ def main(folder: str, tokens: int = 1024, steps: int = 40) -> None:
         if trains:
             trained = train(student, teacher, other, steps)
             found[f"{keep}_of_30_blocks_trained"] = compare(trained, ids, log_p, forms)
+    if exported is not None:
+        student = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+        found["exported"] = compare(student, ids, log_p, forms)
     mass = float(forms["bucket_64"][0].logp.float().exp().sum(-1).mean())
     write(
         "gradient_error",
@@ -140,4 +144,4 @@ def main(folder: str, tokens: int = 1024, steps: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:])
