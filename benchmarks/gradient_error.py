@@ -1,9 +1,9 @@
 """Relative error of the gradient of the short forms against the full KL divergence, on real teacher output.
 
 Teacher: SmolLM2-135M. Students: the same model without some of its blocks, as cut, and the smallest also after a short
-distillation on other text (full KL in bf16), which is where a student spends its training; and, if given, a student that
-another run exported (that of the quickstart). Compared is the gradient
-with respect to the head's weight and to the hidden states, per form: ‖g - g_full‖ / ‖g_full‖, in fp32, T = 1.
+distillation on other text (full KL in bf16), which is where a student spends its training; and, if given, one that a
+run exported. Compared is the gradient with respect to the head's weight and to the hidden states, per form:
+‖g - g_full‖ / ‖g_full‖, in fp32, T = 1.
 
     python benchmarks/gradient_error.py MODEL_FOLDER [tokens] [training steps] [STUDENT_FOLDER]
 """
