@@ -145,8 +145,8 @@ def test_overrides_do_not_go_with_pretrained_weights(pipeline):
 
 
 def test_class_that_cannot_be_asked_is_named_with_those_that_can(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
-    with pytest.raises(ConfigError, match=r"UNet2DConditionModel, .*PixArt.*found WanTransformer3DModel"):
+    (tmp_path / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
+    with pytest.raises(ConfigError, match=r"UNet2DConditionModel, .*PixArt.*found CogVideoXTransformer3DModel"):
         load_denoiser(_section(tmp_path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +132,7 @@ class Bases:
             return identity(of)
         if space == "vocab":
             return first(size, of)
-        if space in OUTSIDE:
+        if space in OUTSIDE or (space in FREQUENCIES and size > of):
             return None
         if size > of:
             raise ConfigError(
@@ -173,28 +174,47 @@ class Bases:
     def scores(self, space: str) -> Tensor:
         """Importance of each channel of a teacher's space: what it adds to what reads it, in blocks that are kept.
 
-        E[x²] |column|² of each reading matrix, as a share of that matrix' sum. Without calibration x² is the norm's
-        gain squared, or 1. Source: Sun et al. 2023, arXiv 2306.11695, Eq. 1 (squared, summed over outputs).
+        E[x²] |column|² of each reading matrix, as a share of that matrix' sum. Without calibration E[x²] is what is
+        written into the channel, |row|² + bias² over the writing matrices, times the squared gain of the norm between.
+        Source: Sun et al. 2023, arXiv 2306.11695, Eq. 1 (squared, summed over outputs).
         """
+        written = None if self._measured.moments else self._written_into(space)
         total = torch.zeros(self._sizes[space])
-        for piece in self.teacher.readers(space):
-            if piece.name not in self._used and not EXPERT.match(piece.name):
-                continue
+        for piece in self._kept(self.teacher.readers(space)):
             columns = self._tensors.read(piece.stored, piece.index).float().pow(2)
             columns = columns.transpose(0, 1).flatten(1).sum(1)
-            share = columns * self._moments(piece)
+            share = columns * (self._moments(piece) if written is None else written * self._gain(piece))
             total += share / share.sum().clamp_min(1e-30)
         return total
 
+    def _written_into(self, space: str) -> Tensor:
+        """|row|² + bias² of each channel over the matrices that write into a space, each as a share of its sum."""
+        total = torch.zeros(self._sizes[space])
+        for piece in self._kept(self.teacher.writers(space)):
+            weight = self._tensors.read(piece.stored, piece.index).float()
+            rows = (weight.T if piece.is_table else weight.flatten(1)).pow(2).sum(1)
+            bias = self.teacher.pieces.get(f"{piece.name.removesuffix('.weight')}.bias")
+            if bias is not None and not piece.is_table:
+                rows = rows + self._tensors.read(bias.stored, bias.index).float().pow(2)
+            total += rows / rows.sum().clamp_min(1e-30)
+        return total if bool(total.any()) else torch.ones_like(total)
+
+    def _kept(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        return (piece for piece in pieces if piece.name in self._used or EXPERT.match(piece.name))
+
     def _moments(self, piece: Piece) -> Tensor:
-        if piece.stored in self._measured.moments:
-            found = self._measured.moments[piece.stored]
-            return found[piece.index[1]] if len(piece.index) > 1 else found
-        if piece.norm is not None and f"{piece.norm}.weight" in self.teacher.pieces:
-            gain = self.teacher.pieces[f"{piece.norm}.weight"]
-            offset = self.teacher.norms[piece.norm].offset if piece.norm in self.teacher.norms else 0.0
-            return (self._tensors.read(gain.stored, gain.index).float() + offset).pow(2)
-        return torch.ones(piece.shape[1])
+        found = self._measured.moments.get(piece.stored)
+        if found is None:  # experts, whose tokens are not told apart
+            return torch.ones(piece.shape[1])
+        return found[piece.index[1]] if len(piece.index) > 1 else found
+
+    def _gain(self, piece: Piece) -> Tensor:
+        """The square of the gain of the norm that a matrix reads through."""
+        gain = self.teacher.pieces.get(f"{piece.norm}.weight")
+        if gain is None or piece.norm is None:
+            return torch.ones(piece.shape[1])
+        offset = self.teacher.norms[piece.norm].offset if piece.norm in self.teacher.norms else 0.0
+        return (self._tensors.read(gain.stored, gain.index).float() + offset).pow(2)
 
     def _heads_of(self, module: str) -> tuple[int, ...] | None:
         return next((heads for p, heads in self._init.heads.items() if re.fullmatch(p, module)), None)

@@ -126,7 +126,7 @@ class Projector:
         if fitted is not value and fitted.shape != value.shape:
             exact = False
         if piece.scales is not None and (scale := self._scale(piece.scales)) != 1.0:
-            fitted, exact = fitted.float() * scale + (scale - 1.0 if piece.is_constant else 0.0), False
+            fitted, exact = fitted.float() * scale + (scale - 1.0 if piece.adds_scale else 0.0), False
         factor = self._factor(piece)
         if factor != 1.0:
             fitted, exact = fitted.float() * factor, False

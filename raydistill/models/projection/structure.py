@@ -49,9 +49,10 @@ class Piece:
         return math.prod(self.shape)
 
     @property
-    def is_constant(self) -> bool:
-        """Whether it multiplies nothing: a bias or a table of modulations."""
-        return len([space for space in self.spaces if space != "kernel"]) < 2
+    def adds_scale(self) -> bool:
+        """Whether it is the constant part of a norm's scale, 1 + this: a table or a bias that no block has besides."""
+        is_vector = len([space for space in self.spaces if space != "kernel"]) < 2
+        return is_vector and self.scales is not None and "*" not in self.scales
 
 
 @dataclass(frozen=True, slots=True)
