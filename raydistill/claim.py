@@ -64,7 +64,8 @@ def claim(store: Store, config: RunConfig) -> None:
 def versions() -> dict[str, str]:
     """Versions of everything that decides the numbers."""
     packages = (
-        "raydistill", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "safetensors", "numpy", "pillow",
+        "raydistill", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "safetensors", "numpy",
+        "pillow",
     )  # fmt: skip
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 

@@ -137,8 +137,8 @@ class Process:
             return
         raise ConfigError(
             f"timestep {int(t.flatten()[(values.flatten() == 0).nonzero()[0]])}: wanted a prediction that says "
-            f"something about the image, found {kind} where the noise schedule leaves nothing of it (zero terminal SNR). "
-            "Set source.noise.prediction_type: v_prediction, or end source.noise.timesteps before it."
+            f"something about the image, found {kind} where the noise schedule leaves nothing of it (zero terminal "
+            "SNR). Set source.noise.prediction_type: v_prediction, or end source.noise.timesteps before it."
         )
 
     def differs(self, other: Process) -> str | None:

@@ -429,9 +429,7 @@ def test_a_student_whose_own_kind_says_nothing_at_some_timestep_is_refused_befor
         if fits:
             recipe_of(student, teachers)
             continue
-        with pytest.raises(
-            ConfigError, match=r"the student predicts epsilon.*epsilon says nothing.*timestep 999"
-        ):
+        with pytest.raises(ConfigError, match=r"the student predicts epsilon.*epsilon says nothing.*timestep 999"):
             recipe_of(student, teachers)
 
 
