@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import shlex
 import signal
@@ -51,6 +52,8 @@ exit status:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Ray reads this when it is imported. A thread that outlives the cluster would join one that it finds.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     options = _parser().parse_intermixed_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:

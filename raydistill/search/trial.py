@@ -131,9 +131,9 @@ def _train(job: PhaseJob, tell: Tell) -> PhaseResult:
         return train_phase(job, report=tell)
     from ray.util.queue import Empty, Queue
 
-    from raydistill.search.forward import Forward
+    from raydistill.search.forward import CONTROLLER, Forward, abort
 
-    queue = Queue(maxsize=1, actor_options={"num_cpus": 0})
+    queue = Queue(actor_options={"num_cpus": 0})  # without a limit, since its writer must not wait for its reader
     outcome: Future[PhaseResult] = Future()
 
     def train() -> None:
@@ -143,11 +143,21 @@ def _train(job: PhaseJob, tell: Tell) -> PhaseResult:
             outcome.set_exception(error)
 
     threading.Thread(target=train, name="raydistill-trial", daemon=True).start()
-    while not (outcome.done() and queue.empty()):
-        try:
-            tell(queue.get(timeout=1.0))
-        except Empty:
-            continue
+    controller = None
+    try:
+        while not (outcome.done() and queue.empty()):
+            try:
+                values = queue.get(timeout=1.0)
+            except Empty:
+                continue
+            if CONTROLLER in values:
+                controller = values[CONTROLLER]
+            else:
+                tell(values)
+    except BaseException:
+        if controller is not None:
+            abort(controller)
+        raise
     queue.shutdown()
     return outcome.result()
 
@@ -217,6 +227,7 @@ def _take_over(source: Store, target: Store, settings: dict[str, JsonValue]) -> 
         except (DataError, FileNotFoundError):  # the donor has dropped it for a newer one
             if last:
                 raise
+    assert latest is not None, "the loop ends with a checkpoint or not here"
     (target / BEST).delete(BEST_RECORD)
     if (source / BEST).exists(BEST_RECORD):
         for file in sorted((source / BEST).names(), key=lambda file: file == BEST_RECORD):

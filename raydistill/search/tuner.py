@@ -22,6 +22,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
+from ray.tune.trainable import wrap_function
 
 from raydistill.config.schema import RunConfig
 from raydistill.config.sweep import PopulationBased, SweepConfig
@@ -152,7 +153,7 @@ def run_trials(trials: Trials) -> None:
         members = [{"trial": r.number, "point": r.point, "values": r.values, "places": places} for r in records]
         space, search = {"of": tune.grid_search([{**member, **common} for member in members])}, {"num_samples": 1}
     tuner = tune.Tuner(
-        tune.with_resources(_trial, _resources(trials.base)),
+        tune.with_resources(_Process, _resources(trials.base)),
         param_space=space,
         tune_config=tune.TuneConfig(
             scheduler=trials.scheduler,
@@ -220,6 +221,7 @@ def _trial(config: dict[str, Any]) -> None:
             tune.report(dict(values), checkpoint=tune.Checkpoint.from_directory(path))
 
     checkpoint = tune.get_checkpoint()
+    _left.clear()
     try:
         complete_adoption(ledger, number)
         if "mark" in of and checkpoint is not None:
@@ -232,3 +234,18 @@ def _trial(config: dict[str, Any]) -> None:
         text = str(error) if isinstance(error, RaydistillError) else f"{type(error).__name__}: {error}"
         folder.publish(FAILURE, json.dumps({"error": text.strip(), "again": again}))
         raise
+    finally:
+        _left.set()
+
+
+_left = threading.Event()
+"""Set while this process is in no trial."""
+_left.set()
+
+
+class _Process(wrap_function(_trial)):  # type: ignore[misc]
+    """The process of trials, which ends only when it has left the last one: it may have workers to send home."""
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        _left.wait(UNWIND_SECONDS)
