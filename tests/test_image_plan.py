@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from raydistill.models.denoiser_counts import count_denoiser
 from raydistill.plan import image_inputs, plan, table
 from raydistill.plan.estimate import memory_of
 from raydistill.plan.images import ImagePlan
+from raydistill.run import main
 from raydistill.storage import Store
 
 TEXT = {"text_tokens": 5, "text_width": 16, "pooled_width": 8}
@@ -239,3 +241,16 @@ def test_a_run_without_teachers_has_no_cache_to_pay_for(folder: Path) -> None:
 def test_tapped_modules_that_are_not_there_are_named(folder: Path) -> None:
     found = planned(folder, {"teachers.1.taps": {"mid": "middle"}})
     assert any("taps.mid" in reason and "middle" in reason for reason in found.missing)
+
+
+def test_the_shipped_sdxl_configuration_plans_without_the_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(root)
+    assert main(["configs/sdxl_multi_teacher.yaml", "configs/size/sdxl_architecture.yaml", "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("parameters  2.57 B") == 4
+    assert "131 kB per draw" in said
+    assert re.search(r"ZeRO 3 +642 MB", said), "bf16 weights of 2.567 G parameters over eight workers"
