@@ -15,7 +15,7 @@ from raydistill.errors import ConfigError
 from raydistill.plan import inputs as plan_inputs
 from raydistill.plan import plan, table
 from raydistill.plan.accelerators import ACCELERATORS
-from raydistill.plan.estimate import break_even, memory_of
+from raydistill.plan.estimate import Plan, break_even, memory_of
 from raydistill.plan.inputs import bytes_per_target
 from raydistill.run import main
 
@@ -270,6 +270,23 @@ def test_plan_prints_a_table_and_writes_nothing(folder: Path, capsys: pytest.Cap
     for part in ("Inputs", "Teacher big", "Student", "Phase one", "Total", "Cache against an online teacher"):
         assert part in text
     assert not (folder / "run").exists()
+
+
+def test_a_projection_says_what_comes_from_the_teacher_and_the_memory_it_takes(folder: Path) -> None:
+    (folder / "small").mkdir()
+    narrow = {**LLAMA, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    (folder / "small" / "config.json").write_text(json.dumps(narrow))
+    student: dict[str, JsonValue] = {"model": {"source": str(folder / "small")}, "init": {"kind": "projection"}}
+    found = plan(load(folder, {"student": student}))
+    assert isinstance(found, Plan)
+    assert found.projection is not None
+    assert (found.projection.coverage, found.projection.blocks) == (1.0, (1, 2))
+    assert found.projection.student == 4 * (found.student_parameters or 0)
+    assert found.projection.memory > found.projection.student + found.projection.reading
+    assert "100.0% of its parameters, 1 of 2 blocks" in table(found)
+    wide = {"model": {"source": str(folder / "model"), "overrides": {"num_hidden_layers": 3}}}
+    refused = plan(load(folder, {"student": {**student, **wide}}))
+    assert "at most 2 blocks" in " ".join(refused.missing)
 
 
 def test_every_accelerator_of_the_configuration_is_known() -> None:

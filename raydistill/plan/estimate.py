@@ -14,6 +14,7 @@ from raydistill.models.counts import Counts, count, empty_student
 from raydistill.models.load import empty_language_model
 from raydistill.plan.accelerators import ACCELERATORS
 from raydistill.plan.inputs import CachePlan, InputsPlan, plan_cache, plan_inputs
+from raydistill.plan.projection import ProjectionPlan, plan_projection
 from raydistill.train.parameters import parameter_groups
 
 USES = (1, 3, 10)
@@ -132,6 +133,8 @@ class Plan(Config):
     """Those that one token uses."""
     student_forward_flops: float | None
     """FLOP per token of the student's forward pass."""
+    projection: ProjectionPlan | None
+    """What the student begins with, where that is a projection of a teacher."""
     phases: tuple[PhasePlan, ...]
     """Phases."""
     baseline_hours: float | None
@@ -179,6 +182,7 @@ def plan_text(config: RunConfig) -> Plan:
         student_parameters=student.parameters if student else None,
         student_active_parameters=student.active_parameters if student else None,
         student_forward_flops=student.forward(length) if student else None,
+        projection=plan_projection(config, missing),
         phases=phases,
         baseline_hours=baseline,
         hours=hours,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raydistill.plan.images import DenoiserPlan, ImagePhasePlan, ImagePlan
+from raydistill.plan.projection import projection_lines
 from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
 
 
@@ -69,6 +70,7 @@ def _student(plan: ImagePlan) -> Section:
     return "Student", [
         ("parameters", si(plan.student_parameters)),
         ("forward", f"{si(plan.student_forward_flops, 'FLOP')}/image and step"),
+        *projection_lines(plan.projection),
     ]
 
 

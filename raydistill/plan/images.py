@@ -29,6 +29,7 @@ from raydistill.plan.image_inputs import (
     plan_draw_cache,
     plan_image_inputs,
 )
+from raydistill.plan.projection import ProjectionPlan, plan_projection
 from raydistill.train.parameters import parameter_groups
 
 STAGES = (0, 1, 2, 3)
@@ -110,6 +111,8 @@ class ImagePlan(Config):
     """Numbers in the student."""
     student_forward_flops: float | None
     """FLOP of the student's forward pass for one image."""
+    projection: ProjectionPlan | None
+    """What the student begins with, where that is a projection of a teacher."""
     phases: tuple[ImagePhasePlan, ...]
     """Phases."""
     baseline_hours: float | None
@@ -158,6 +161,7 @@ def plan_images(config: RunConfig) -> ImagePlan:
         average=average,
         student_parameters=student.parameters if student else None,
         student_forward_flops=student.forward if student else None,
+        projection=plan_projection(config, missing),
         phases=phases,
         baseline_hours=baseline,
         hours=hours,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raydistill.plan.estimate import PhasePlan, Plan, TeacherPlan
+from raydistill.plan.projection import projection_lines
 from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
 
 
@@ -68,6 +69,7 @@ def _student(plan: Plan) -> Section:
     return "Student", [
         ("parameters", _parameters(plan.student_parameters, plan.student_active_parameters)),
         ("forward", f"{si(plan.student_forward_flops, 'FLOP')}/token"),
+        *projection_lines(plan.projection),
     ]
 
 

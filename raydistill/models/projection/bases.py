@@ -26,7 +26,7 @@ from raydistill.models.projection.maps import (
 from raydistill.models.projection.match import Match
 from raydistill.models.projection.measure import Measured
 from raydistill.models.projection.structure import RESIDUAL, Piece, Structure
-from raydistill.models.projection.tensors import Tensors
+from raydistill.models.projection.tensors import ShapeTensors, Tensors
 
 OUTSIDE = ("text", "pooled", "latent", "latent_out", "condition", "one", "patch_out", "positions", "resolution")
 """Spaces of what comes from and goes to the outside: of another size they have another meaning, so nothing is cut."""
@@ -157,6 +157,8 @@ class Bases:
                 f"student.init.basis: {basis} folds the last norm into the output head, which is then no longer the "
                 "embedding; set student.model.overrides.tie_word_embeddings: false, or use basis: importance."
             )
+        if isinstance(self._tensors, ShapeTensors):
+            return Mix(torch.eye(self._sizes[RESIDUAL], size))
         if basis == "pca":
             assert self._measured.covariance is not None, "the covariance is measured before bases are chosen"
             return leading(self._measured.covariance, size)
@@ -178,6 +180,8 @@ class Bases:
         written into the channel, |row|² + bias² over the writing matrices, times the squared gain of the norm between.
         Source: Sun et al. 2023, arXiv 2306.11695, Eq. 1 (squared, summed over outputs).
         """
+        if isinstance(self._tensors, ShapeTensors):
+            return torch.zeros(self._sizes[space])
         written = None if self._measured.moments else self._written_into(space)
         total = torch.zeros(self._sizes[space])
         for piece in self._kept(self.teacher.readers(space)):
@@ -229,6 +233,8 @@ class Bases:
                 "them in student.model.overrides."
             )
         rows = self._tensors.read(router.stored, router.index).float()
+        if rows.is_meta:
+            rows = torch.ones(rows.shape)
         routed = self._measured.routed.get(router.name, rows.pow(2).sum(1) / rows.pow(2).sum())
         kept = best(routed, size).index.tolist()
         members = {expert: [expert] for expert in kept}

@@ -181,7 +181,7 @@ def _pairs(model: PreTrainedModel, block: int, head_dim: int) -> tuple[Pair, ...
     if angles is None:
         return ()
     half = len(angles)
-    values = angles.float().tolist()
+    values = [0.0] * half if angles.is_meta else angles.float().tolist()
     if _interleaved(model.get_submodule(f"{_blocks_name(model)}.{block}.self_attn")):
         return tuple((2 * j, 2 * j + 1, values[j], 0) for j in range(half))
     return tuple((j, j + half, values[j], 0) for j in range(half))

@@ -36,7 +36,7 @@ class Select:
         return False
 
     def __call__(self, tensor: Tensor, axis: int) -> Tensor:
-        return tensor if self.is_identity else tensor.index_select(axis, self.index)
+        return tensor if self.is_identity else tensor.index_select(axis, self.index.to(tensor.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Mix:
         return True
 
     def __call__(self, tensor: Tensor, axis: int) -> Tensor:
-        moved = torch.tensordot(tensor.float(), self.matrix, dims=([axis], [0]))
+        moved = torch.tensordot(tensor.float(), self.matrix.to(tensor.device), dims=([axis], [0]))
         return moved.movedim(-1, axis)
 
 

@@ -45,6 +45,30 @@ class Sides:
 def project(sides: Sides, init: ProjectionInit, calibration: Calibration | None) -> ProjectionReport:
     """Fill `sides.network` from the teacher. `ConfigError` says what does not go together; the student is then void."""
     measured = _measured(sides, init, calibration)
+    bases, chosen, report = _filled(sides, init, measured, calibration)
+    pairs = _pairs(sides, bases, chosen)
+    if calibration is None or not pairs:
+        return report
+    with sides.streamed.ready() as network:
+        teacher = Side(network, sides.teacher.block_outputs)
+        errors, output = compare(teacher, Side(sides.network, sides.student.block_outputs), pairs, calibration)
+    found = {pair.student: error for pair, error in zip(pairs, errors, strict=True)}
+    blocks = tuple(b.model_copy(update={"error": found.get(f"{b.list}.{b.block}")}) for b in report.blocks)
+    return report.model_copy(update={"blocks": blocks, "output_error": None if math.isnan(output) else output})
+
+
+def account(sides: Sides, init: ProjectionInit) -> ProjectionReport:
+    """What `project` would make, without weights: teacher and student are on the meta device, and `sides.streamed` has
+    `ShapeTensors`. Which blocks and channels are chosen is not known, only how many. Errors as those of `project`."""
+    measured = Measured(removal=dict.fromkeys(sides.teacher.block_modules, 0.0))
+    _, _, report = _filled(sides, init, measured, None)
+    return report.model_copy(update={"removal": {}})
+
+
+def _filled(
+    sides: Sides, init: ProjectionInit, measured: Measured, calibration: Calibration | None
+) -> tuple[Bases, dict[str, tuple[int, ...]], ProjectionReport]:
+    """The student filled: the maps, the teacher's blocks by list of the student, and the report."""
     chosen = choose_lists(init.depth, init.layers, sides.teacher, sides.student, sides.moved, measured.removal)
     match = Match(sides.teacher, sides.student, _moved(sides, chosen))
     _require_rule(sides, match)
@@ -55,15 +79,7 @@ def project(sides: Sides, init: ProjectionInit, calibration: Calibration | None)
     filled = projector.fill(sides.network)
     report = _report(sides, init, bases, chosen, measured, filled, 0 if calibration is None else init.calibration_rows)
     _require_coverage(report, init)
-    pairs = _pairs(sides, bases, chosen)
-    if calibration is None or not pairs:
-        return report
-    with sides.streamed.ready() as network:
-        teacher = Side(network, sides.teacher.block_outputs)
-        errors, output = compare(teacher, Side(sides.network, sides.student.block_outputs), pairs, calibration)
-    found = {pair.student: error for pair, error in zip(pairs, errors, strict=True)}
-    blocks = tuple(b.model_copy(update={"error": found.get(f"{b.list}.{b.block}")}) for b in report.blocks)
-    return report.model_copy(update={"blocks": blocks, "output_error": None if math.isnan(output) else output})
+    return bases, chosen, report
 
 
 def _measured(sides: Sides, init: ProjectionInit, calibration: Calibration | None) -> Measured:
@@ -154,11 +170,13 @@ def _report(
     filled: Filled,
     rows: int,
 ) -> ProjectionReport:
-    tensors = []
-    for name, tensor in sides.network.state_dict().items():
-        if name in sides.streamed.tied and name not in filled.origins:
+    unique: list[TensorReport] = []
+    seen: set[int] = set()
+    for name, tensor in sides.network.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:  # tied weights count once
             continue
-        tensors.append(
+        seen.add(id(tensor))
+        unique.append(
             TensorReport(
                 name=name,
                 parameters=tensor.numel(),
@@ -166,13 +184,6 @@ def _report(
                 teacher=tuple(sorted(filled.sources.get(name, ()))),
             )
         )
-    seen: set[int] = set()
-    unique = []
-    state = sides.network.state_dict()
-    for report in tensors:  # tied weights have one memory and count once
-        if state[report.name].data_ptr() not in seen:
-            seen.add(state[report.name].data_ptr())
-            unique.append(report)
     missing = sum(filled.random_numbers.values()) + sum(t.parameters for t in unique if t.name not in filled.origins)
     total = sum(t.parameters for t in unique)
     return ProjectionReport(

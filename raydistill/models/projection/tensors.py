@@ -79,6 +79,22 @@ class MemoryTensors:
         return self._state[name][index]
 
 
+class ShapeTensors:
+    """The names and shapes of a model, and no numbers: what is read lies on the meta device."""
+
+    def __init__(self, model: nn.Module):
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+        return self._shapes
+
+    def read(self, name: str, index: Index = ()) -> Tensor:
+        """A tensor or a part of it, without memory."""
+        return torch.empty(self._shapes[name], device="meta")[index]
+
+
 class StackedExperts:
     """Tensors of `inner` under the names that a model of transformers has in memory.
 

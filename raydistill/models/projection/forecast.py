@@ -1,0 +1,166 @@
+"""What a projection will make and how much memory it will need, from configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel, StudentConfig, TransformersModel
+from raydistill.models.denoiser import NETWORKS, empty_denoiser, with_one_sample
+from raydistill.models.denoiser import denoiser_config as denoiser_settings
+from raydistill.models.load import empty_language_model, language_config
+from raydistill.models.projection.denoiser import blank_teacher, moved_stages
+from raydistill.models.projection.denoiser import structure_of as denoiser_structure
+from raydistill.models.projection.language_student import blank_language_model
+from raydistill.models.projection.language_student import structure_of as language_structure
+from raydistill.models.projection.report import ProjectionReport
+from raydistill.models.projection.run import Sides, account
+from raydistill.models.projection.stream import Streamed
+from raydistill.models.projection.structure import RESIDUAL, Structure
+from raydistill.models.projection.tensors import ShapeTensors
+
+TOKENS = 8192
+"""Tokens of text that go through the teacher at once."""
+IMAGES = 8
+"""Images that go through the teacher at once."""
+REMOVED = 8
+"""Copies of the rows that go through the teacher at once, each without another block."""
+FLOAT = 4
+BESIDES = 150_000_000
+"""Bytes that libraries take when they load and run models, measured with benchmarks/projection_memory.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a projection will make, and the most memory it will need, in bytes."""
+
+    report: ProjectionReport
+    """What comes from where; which channels and blocks is not known yet."""
+    teacher_blocks: int
+    """Blocks of the teacher."""
+    student: int
+    """The student in fp32."""
+    reading: int
+    """The largest tensor of the teacher as it is read, in fp32 and mapped."""
+    weights: int
+    """The teacher's weights that are in memory while it runs: all outside blocks, and one block."""
+    activations: int
+    """What the calibration rows leave behind while they pass a block; 0 without calibration."""
+
+    @property
+    def peak(self) -> int:
+        """The most memory: the student, and either a tensor or a running block, and what libraries take."""
+        running = self.weights + self.activations if self.activations else 0
+        return self.student + max(self.reading, running) + BESIDES
+
+
+def forecast(student: StudentConfig, *, row_tokens: int = 0) -> Forecast:
+    """The forecast of a student with a projection that names its teacher; `row_tokens` is the length of rows of text.
+
+    Reads configurations alone. Raises what `project` would raise for models that do not go together.
+    """
+    init = student.init
+    assert isinstance(init, ProjectionInit) and init.teacher is not None  # noqa: PT018
+    if isinstance(student.model, DiffusersModel):
+        assert isinstance(init.teacher, DiffusersModel), "the configuration requires teachers of one kind"
+        return _denoiser(student.model, init.teacher, init)
+    assert not isinstance(init.teacher, DiffusersModel), "the configuration requires teachers of one kind"
+    return _language(student.model, init.teacher, init, row_tokens)
+
+
+def _language(
+    model: TransformersModel | PythonModel, source: TransformersModel | PythonModel, init: ProjectionInit, tokens: int
+) -> Forecast:
+    teacher = _blank(source)
+    student = _blank(model)
+    theirs = language_structure(teacher, source.source, "teacher")
+    ours = language_structure(student, model.source, "student")
+    sides = _sides(source.source, teacher, theirs, student, ours, dict(teacher.all_tied_weights_keys))
+    width, units = theirs.sizes[RESIDUAL], [n for name, n in theirs.sizes.items() if name.endswith(".inner")]
+    top_k = int(getattr(teacher.config.get_text_config(), "num_experts_per_tok", None) or 1)
+    at_once = max(tokens, min(TOKENS, tokens * init.calibration_rows)) * (REMOVED if init.depth == "importance" else 1)
+    # The stream, its norm, queries, keys, values and their mix, and the MLP's gate, up and product.
+    activations = at_once * (8 * width + 3 * top_k * max(units, default=0)) * FLOAT + width * width * FLOAT * 3
+    return _forecast(sides, init, source.dtype, activations if init.calibration_rows else 0)
+
+
+def _blank(source: TransformersModel | PythonModel) -> PreTrainedModel:
+    if isinstance(source, PythonModel):
+        return empty_language_model(source)
+    return blank_language_model(language_config(source), attention=source.attention)
+
+
+def _denoiser(model: DiffusersModel, source: DiffusersModel, init: ProjectionInit) -> Forecast:
+    teacher = blank_teacher(denoiser_settings(source), source=source.source)
+    student = empty_denoiser(model)
+    theirs = denoiser_structure(teacher, f"teacher {source.source}")
+    ours = denoiser_structure(student, f"student {model.source}")
+    sides = _sides(source.source, teacher, theirs, student, ours, {}, moved_stages(student, teacher))
+    activations = 0
+    if init.calibration_rows and isinstance(teacher, tuple(NETWORKS.values())):
+        copies = REMOVED if init.depth == "importance" else 1
+        activations = min(IMAGES, init.calibration_rows) * copies * _largest_block(teacher) * FLOAT
+    return _forecast(sides, init, source.dtype, activations)
+
+
+def _largest_block(network: ModelMixin) -> int:
+    """Numbers that the layers of one block give for one image, of the block that gives most."""
+    nn.Module.to(network, "meta")
+    sums: dict[str, int] = {}
+
+    def add(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                sums[name] = sums.get(name, 0) + output.numel()
+
+        return count
+
+    handles = []
+    for name, module in network.named_modules():
+        if not list(module.children()):
+            handles.append(module.register_forward_hook(add(".".join(name.split(".")[:2]))))
+    with_one_sample(network)
+    for handle in handles:
+        handle.remove()
+    return max(sums.values(), default=0)
+
+
+def _sides(
+    source: str,
+    teacher: nn.Module,
+    theirs: Structure,
+    student: nn.Module,
+    ours: Structure,
+    tied: dict[str, str],
+    moved: dict[str, str] | None = None,
+) -> Sides:
+    blocks = theirs.block_modules
+    return Sides(
+        source=source,
+        teacher=theirs,
+        streamed=Streamed(teacher, ShapeTensors(teacher), torch.float32, blocks, tied),
+        student=ours,
+        network=student,
+        moved=moved or {},
+    )
+
+
+def _forecast(sides: Sides, init: ProjectionInit, dtype: str, activations: int) -> Forecast:
+    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
+    numbers = {name: tensor.numel() for name, tensor in sides.streamed.network.state_dict().items()}
+    inside = [sum(n for name, n in numbers.items() if name.startswith(f"{block}.")) for block in sides.streamed.blocks]
+    largest = max((piece.size for piece in sides.teacher.pieces.values()), default=0)
+    tied = sum(numbers.get(name, 0) for name in sides.streamed.tied)
+    return Forecast(
+        report=account(sides, init),
+        teacher_blocks=len(sides.teacher.block_modules),
+        student=sum(p.numel() for p in sides.network.parameters()) * FLOAT,
+        reading=largest * (size + 3 * FLOAT),
+        weights=(sum(numbers.values()) - tied - sum(inside) + max(inside, default=0)) * size,
+        activations=activations,
+    )
