@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import uuid
 from collections.abc import Callable, Iterable
@@ -46,10 +47,9 @@ def make_scheduler(sweep: SweepConfig, *, first_evaluation: int) -> TrialSchedul
             grace = grace or first_evaluation
             return AsyncHyperBandScheduler(max_t=FOREVER, grace_period=grace, reduction_factor=factor, **judged)
         case MedianStopping(grace_steps=grace, min_trials=trials):
-            # A slice without end: a trial is never paused, which would start its process again.
-            return MedianStoppingRule(
-                grace_period=grace or first_evaluation, min_samples_required=trials, min_time_slice=FOREVER, **judged
-            )
+            # Within a slice without end a trial is never paused, which would start its process again.
+            judged["min_time_slice"] = math.inf
+            return MedianStoppingRule(grace_period=grace or first_evaluation, min_samples_required=trials, **judged)
         case PopulationBased(interval_steps=interval, quantile=quantile):
             return PopulationBasedTraining(
                 perturbation_interval=interval or first_evaluation,
