@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md and docs/raydistill.schema.json from the schema: `python -m raydistill.config.docs`.
+"""Writes docs/configuration.md, docs/sweeps.md and docs/raydistill.schema.json: `python -m raydistill.config.docs`.
 
 `--compare` writes nothing and exits with 1 when a file differs from what the schema says; CI runs it.
 """
@@ -29,6 +29,7 @@ from raydistill.config.places import (
     tags,
 )
 from raydistill.config.schema import STAGES, RunConfig
+from raydistill.config.sweep import SweepConfig
 
 Members: TypeAlias = tuple[type[Config], ...]
 """The sections that may stand at a place."""
@@ -40,7 +41,7 @@ INTRODUCTION = f"""\
 Every key of a run, its type, default and meaning. This page is written by `python -m raydistill.config.docs`.
 
 ```
-python -m raydistill.run FILE [FILE ...] [key=value ...] [--stages NAMES] [--check | --plan] [--debug]
+python -m raydistill.run FILE [FILE ...] [key=value ...] [--stages NAMES | --tune FILE] [--check | --plan] [--debug]
 ```
 
 * **Files merge left to right.** Maps merge, lists are replaced, and a map whose `kind`, `signal` or `library` changes
@@ -60,12 +61,32 @@ python -m raydistill.run FILE [FILE ...] [key=value ...] [--stages NAMES] [--che
   `# yaml-language-server: $schema=<path to it>`.
 
 """
+SWEEPS = """\
+# Sweeps
+
+Every key of a search space, its type, default and meaning; [tune/README.md](../tune/README.md) says how they are used.
+This page is written by `python -m raydistill.config.docs`.
+
+```
+python -m raydistill.run FILE [FILE ...] [key=value ...] --tune SPACE [--check]
+```
+
+"""
 
 
 def markdown() -> str:
     """The text of docs/configuration.md."""
-    parts = [INTRODUCTION.rstrip()]
-    for title, text in _parts("", RunConfig, 2, {}):
+    return _page(INTRODUCTION, RunConfig)
+
+
+def sweeps_markdown() -> str:
+    """The text of docs/sweeps.md."""
+    return _page(SWEEPS, SweepConfig)
+
+
+def _page(introduction: str, schema: type[Config]) -> str:
+    parts = [introduction.rstrip()]
+    for title, text in _parts("", schema, 2, {}):
         parts.append(f"{title}\n\n{text}")
     return "\n\n".join(parts) + "\n"
 
@@ -84,7 +105,7 @@ def _parts(path: str, annotation: Annotation, level: int, seen: dict[Members, st
         level += 1
     for section in members:
         tag = next((t for t, s in known.items() if s is section), None)
-        yield f"{'#' * level} {_title(path, name, tag)}", _section(section)
+        yield f"{'#' * level} {_title(path, name, tag, section)}", _section(section)
         for key, field in section.model_fields.items():
             here = f"{path}.{key}" if path else key
             inner: Annotation = field.annotation
@@ -95,9 +116,9 @@ def _parts(path: str, annotation: Annotation, level: int, seen: dict[Members, st
                 yield from _parts(here, inner, level + 1 if path else level, seen)
 
 
-def _title(path: str, name: str | None, tag: str | None) -> str:
+def _title(path: str, name: str | None, tag: str | None, section: type[Config]) -> str:
     if not path:
-        return "The run"
+        return "The sweep" if section is SweepConfig else "The run"
     return f"`{path}` with `{name}: {tag}`" if tag else f"`{path}`"
 
 
@@ -190,6 +211,7 @@ def files() -> dict[Path, str]:
     """What the files of docs/ should hold."""
     return {
         FOLDER / "configuration.md": markdown(),
+        FOLDER / "sweeps.md": sweeps_markdown(),
         FOLDER / "raydistill.schema.json": json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n",
     }
 

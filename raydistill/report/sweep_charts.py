@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from raydistill.report.charts import (
     BOTTOM,
@@ -37,6 +38,8 @@ from raydistill.signals import JsonValue
 
 MOST_NAMES = 12
 """Different values up to which an axis names each of them."""
+APART = 26.0
+"""Least distance between values that an axis names one by one."""
 FULL = 960.0
 """Width of a chart over the whole page."""
 
@@ -96,7 +99,9 @@ def axis_of(values: Sequence[JsonValue], start: float, end: float) -> Axis:
     low, high = _range(numbers, log=log, zero=False)
     scale = Scale(low, high, start, end, log)
     different = sorted(set(numbers))
-    marks = different if len(different) <= 6 else log_ticks(low, high) if log else linear_ticks(low, high)
+    apart = min((abs(scale(b) - scale(a)) for a, b in pairwise(different)), default=APART)
+    few = len(different) <= 6 and apart >= APART
+    marks = different if few else log_ticks(low, high) if log else linear_ticks(low, high)
     return Axis(scale, (), tuple((scale(v), number(v)) for v in marks))
 
 
