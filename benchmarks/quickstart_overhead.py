@@ -1,6 +1,6 @@
 """Time of the quickstart by stage, what of it is not teacher or student compute, and the time of `--check`.
 
-    python benchmarks/quickstart_time.py FOLDER
+    python benchmarks/quickstart_overhead.py FOLDER
 
 FOLDER must not hold a run yet; weights should have been fetched before. Compute of the stage `signals` is the number of
 tokens over the teacher's rate between the first shard's record and the last one's; that of `train` is the time of the
@@ -11,6 +11,7 @@ steps spent waiting for data comes from metrics.jsonl, without the first logged 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ COMMAND = [sys.executable, "-m", "raydistill.run", "configs/quickstart.yaml"]
 
 
 def main(folder: str) -> None:
-    run = Path(folder).absolute()
+    run, load = Path(folder).absolute(), os.getloadavg()[0]
     checks = [seconds([*COMMAND, "--check"]) for _ in range(5)]
     wall = seconds([*COMMAND, f"run_dir={run}"])
     stages = {name: facts["seconds"] for name, facts in json.loads((run / "stages.json").read_text()).items()}
@@ -39,9 +40,10 @@ def main(folder: str) -> None:
     steps = [line for line in lines if "data_wait_seconds" in line][1:]
     spent = steps[-1]["seconds"] - next(line["seconds"] for line in lines if "data_wait_seconds" in line)
     write(
-        "quickstart_time",
+        "quickstart_overhead",
         {
-            "command": "python benchmarks/quickstart_time.py FOLDER",
+            "command": "python benchmarks/quickstart_overhead.py FOLDER",
+            "load_average_before": load,
             "wall_seconds": wall,
             "stages": stages,
             "compute_seconds": compute,
