@@ -24,7 +24,7 @@ from machine import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raydistill.config.models import StudentConfig
-from raydistill.models.projection.forecast import forecast
+from raydistill.models.projection.forecast import Row, forecast
 from raydistill.models.student import build_student
 
 TOKENS = 256
@@ -76,7 +76,7 @@ def project(folder: Path, basis: str) -> None:
         "position_ids": torch.arange(TOKENS).expand(ROWS, TOKENS),
         "valid": torch.ones(ROWS, TOKENS, dtype=torch.bool),
     }
-    planned = forecast(student, row_tokens=TOKENS).peak
+    planned = forecast(student, Row(TOKENS)).peak
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
     start = time.monotonic()

@@ -18,8 +18,8 @@ from raydistill.storage import Store
 
 TOKENS = 8192
 """Tokens that go through the teacher at once, as far as one row has not more."""
-IMAGES = 8
-"""Images that go through the teacher at once."""
+PIXELS = 1 << 15
+"""Pixels of latents that go through the teacher at once, as far as one image has not more."""
 
 
 def calibration_rows(config: RunConfig, inputs: Callable[[], Store]) -> Callable[[int], Sequence[Batch]]:
@@ -57,8 +57,9 @@ def _images(dataset: DenseDataset, noise: NoiseConfig) -> Iterator[Batch]:
     buckets = dataset.buckets[samples]
     for bucket in sorted(set(buckets.tolist())):
         members = samples[buckets == bucket]
-        for start in range(0, len(members), IMAGES):
-            yield _noised(dataset, members[start : start + IMAGES], noise)
+        images = max(1, PIXELS // dataset.batch(members[:1])["latents"][0, 0].numel())
+        for start in range(0, len(members), images):
+            yield _noised(dataset, members[start : start + images], noise)
 
 
 def _noised(dataset: DenseDataset, samples: np.ndarray, noise: NoiseConfig) -> dict[str, Tensor]:

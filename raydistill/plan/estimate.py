@@ -12,6 +12,7 @@ from raydistill.config.training import PhaseConfig
 from raydistill.errors import RaydistillError
 from raydistill.models.counts import Counts, count, empty_student
 from raydistill.models.load import empty_language_model
+from raydistill.models.projection.forecast import Row
 from raydistill.plan.accelerators import ACCELERATORS
 from raydistill.plan.inputs import CachePlan, InputsPlan, plan_cache, plan_inputs
 from raydistill.plan.projection import ProjectionPlan, plan_projection
@@ -182,7 +183,7 @@ def plan_text(config: RunConfig) -> Plan:
         student_parameters=student.parameters if student else None,
         student_active_parameters=student.active_parameters if student else None,
         student_forward_flops=student.forward(length) if student else None,
-        projection=plan_projection(config, missing),
+        projection=plan_projection(config, Row(config.text.seq_len), missing),
         phases=phases,
         baseline_hours=baseline,
         hours=hours,

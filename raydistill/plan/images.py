@@ -17,6 +17,7 @@ from raydistill.config.training import PhaseConfig
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.models.denoiser import empty_denoiser, with_one_sample
 from raydistill.models.denoiser_counts import DenoiserCounts, count_denoiser, empty_denoiser_student
+from raydistill.models.projection.forecast import Row
 from raydistill.plan.accelerators import ACCELERATORS
 from raydistill.plan.estimate import ENOUGH, BreakEven, MemoryPlan, break_even, memory_of, total_of
 from raydistill.plan.image_inputs import (
@@ -161,7 +162,7 @@ def plan_images(config: RunConfig) -> ImagePlan:
         average=average,
         student_parameters=student.parameters if student else None,
         student_forward_flops=student.forward if student else None,
-        projection=plan_projection(config, missing),
+        projection=plan_projection(config, Row(shape.text_tokens, shape.latents[1:]), missing),
         phases=phases,
         baseline_hours=baseline,
         hours=hours,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from raydistill.config.base import Config
 from raydistill.config.models import ProjectionInit
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import TextSource
 from raydistill.errors import RaydistillError
-from raydistill.models.projection.forecast import forecast
+from raydistill.models.projection.forecast import Row, forecast
 from raydistill.plan.words import bytes_of
 
 
@@ -33,14 +32,14 @@ class ProjectionPlan(Config):
     without calibration."""
 
 
-def plan_projection(config: RunConfig, missing: list[str]) -> ProjectionPlan | None:
-    """The plan of the student's projection; None when it begins otherwise or cannot, which is then in `missing`."""
+def plan_projection(config: RunConfig, row: Row, missing: list[str]) -> ProjectionPlan | None:
+    """The plan of the student's projection, calibrated on rows like `row`; None when it begins otherwise or cannot,
+    which is then in `missing`."""
     student = config.first_student
     if not isinstance(student.init, ProjectionInit) or student.init.teacher is None:
         return None
-    tokens = config.source.seq_len if isinstance(config.source, TextSource) else 0
     try:
-        found = forecast(student, row_tokens=tokens)
+        found = forecast(student, row)
     except RaydistillError as error:
         missing.append(f"the student's projection: {error}")
         return None

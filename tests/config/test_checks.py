@@ -84,6 +84,15 @@ REFUSED: list[tuple[str, dict[str, JsonValue], str]] = [
     ("rows shorter than the shortest", {"source.min_tokens": 17}, "at most seq_len (16), found 17"),
     ("a broken expression", {"phases.0.trainable": [{"match": "("}]}, "wanted a regular expression, found '('"),
     ("layers without a choice", {"student.init": {"kind": "layers"}}, "exactly one of num_layers and layers"),
+    ("a projection of nobody", {"teachers": [], "student.init": {"kind": "projection"}}, "there are no teachers"),
+    ("a measured basis without rows", {"student.init": {"kind": "projection", "basis": "pca", "calibration_rows": 0}},
+     "basis: pca is measured on rows, found 0; set it to 16"),
+    ("blocks in no order", {"student.init": {"kind": "projection", "depth": [3, 1]}}, "in rising order, found [3, 1]"),
+    ("a head twice", {"student.init": {"kind": "projection", "heads": {"x": [1, 1]}}}, "different heads from 0"),
+    ("no regular expression", {"student.init": {"kind": "projection", "rename": {"(": "x"}}}, "found that it is none"),
+    ("a projection of another library",
+     {"student.init": {"kind": "projection", "teacher": {"library": "diffusers", "source": "x"}}},
+     "wanted a model like the student of library transformers, found diffusers"),
     ("a layer twice", {"student.init": {"kind": "layers", "layers": [0, 0]}}, "found [0, 0]"),
 ]  # fmt: skip
 

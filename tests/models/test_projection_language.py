@@ -340,6 +340,20 @@ def test_blocks_of_a_list_are_named_by_the_user(tmp_path):
     assert [b.teacher for b in student.projection.blocks] == [2, 5]
 
 
+def test_names_given_by_the_user_win_over_the_rules(tmp_path):
+    teacher = llama()
+    folder = saved(teacher, tmp_path)
+    rules = {r"lm_head\.weight": "model.embed_tokens.weight", r"(.*layers)\.3\.mlp\.(.*)": r"\1.0.mlp.\2"}
+    student = projected(folder, rename=rules, calibration_rows=0)
+    assert torch.equal(student.lm_head.weight, teacher.model.embed_tokens.weight)
+    ours, theirs = student.model.layers, teacher.model.layers
+    assert torch.equal(ours[3].mlp.up_proj.weight, theirs[0].mlp.up_proj.weight)
+    assert torch.equal(ours[3].self_attn.q_proj.weight, theirs[3].self_attn.q_proj.weight)
+    assert sorted(student.projection.left_out) == [
+        "lm_head.weight", *(f"model.layers.3.mlp.{part}_proj.weight" for part in ("down", "gate", "up")),
+    ]  # fmt: skip
+
+
 # --- mixtures ---
 
 

@@ -29,6 +29,8 @@ from raydistill.models.projection.transformer import transformer_structure
 from raydistill.models.projection.unet import unet_structure
 from raydistill.signals import JsonValue
 
+PATCH = 4
+"""Numbers of a latent channel that make a token, about."""
 UNASKED: dict[str, type[ModelMixin]] = {"CogVideoXTransformer3DModel": CogVideoXTransformer3DModel}
 """Classes that can be projected but not asked for a prediction of an image, by their name in config.json."""
 
@@ -172,7 +174,7 @@ def _calibration(
             return float("nan")
         return float((found - wanted).pow(2).mean() / wanted.pow(2).mean())
 
-    return Calibration(batches, run, change)
+    return Calibration(batches, run, change, lambda batch: batch["latents"][0, 0].numel() // PATCH)
 
 
 def _differences(teacher: nn.Module, student: nn.Module) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel
 from raydistill.models.denoiser import NETWORKS, empty_denoiser, with_one_sample
 from raydistill.models.denoiser import denoiser_config as denoiser_settings
 from raydistill.models.load import empty_language_model, language_config
-from raydistill.models.projection.denoiser import blank_teacher, moved_stages
+from raydistill.models.projection.denoiser import PATCH, blank_teacher, moved_stages
 from raydistill.models.projection.denoiser import structure_of as denoiser_structure
 from raydistill.models.projection.language_student import blank_language_model
 from raydistill.models.projection.language_student import structure_of as language_structure
+from raydistill.models.projection.measure import REMOVAL_TOKENS, REMOVED
 from raydistill.models.projection.report import ProjectionReport
 from raydistill.models.projection.run import Sides, account
 from raydistill.models.projection.stream import Streamed
@@ -26,10 +27,8 @@ from raydistill.models.projection.tensors import ShapeTensors
 
 TOKENS = 8192
 """Tokens of text that go through the teacher at once."""
-IMAGES = 8
-"""Images that go through the teacher at once."""
-REMOVED = 8
-"""Copies of the rows that go through the teacher at once, each without another block."""
+PIXELS = 1 << 15
+"""Pixels of latents that do."""
 FLOAT = 4
 BESIDES = 150_000_000
 """Bytes that libraries take when they load and run models, measured with benchmarks/projection_memory.py."""
@@ -59,8 +58,18 @@ class Forecast:
         return self.student + max(self.reading, running) + BESIDES
 
 
-def forecast(student: StudentConfig, *, row_tokens: int = 0) -> Forecast:
-    """The forecast of a student with a projection that names its teacher; `row_tokens` is the length of rows of text.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a row of the calibration is, as far as it takes memory."""
+
+    tokens: int = 1
+    """Tokens of text: of a language model's row, or of a caption."""
+    latents: tuple[int, int] | None = None
+    """Height and width of an image's latents; by default what its denoiser usually sees."""
+
+
+def forecast(student: StudentConfig, row: Row = Row()) -> Forecast:
+    """The forecast of a student with a projection that names its teacher.
 
     Reads configurations alone. Raises what `project` would raise for models that do not go together.
     """
@@ -68,9 +77,9 @@ def forecast(student: StudentConfig, *, row_tokens: int = 0) -> Forecast:
     assert isinstance(init, ProjectionInit) and init.teacher is not None  # noqa: PT018
     if isinstance(student.model, DiffusersModel):
         assert isinstance(init.teacher, DiffusersModel), "the configuration requires teachers of one kind"
-        return _denoiser(student.model, init.teacher, init)
+        return _denoiser(student.model, init.teacher, init, row)
     assert not isinstance(init.teacher, DiffusersModel), "the configuration requires teachers of one kind"
-    return _language(student.model, init.teacher, init, row_tokens)
+    return _language(student.model, init.teacher, init, row.tokens)
 
 
 def _language(
@@ -83,7 +92,9 @@ def _language(
     sides = _sides(source.source, teacher, theirs, student, ours, dict(teacher.all_tied_weights_keys))
     width, units = theirs.sizes[RESIDUAL], [n for name, n in theirs.sizes.items() if name.endswith(".inner")]
     top_k = int(getattr(teacher.config.get_text_config(), "num_experts_per_tok", None) or 1)
-    at_once = max(tokens, min(TOKENS, tokens * init.calibration_rows)) * (REMOVED if init.depth == "importance" else 1)
+    at_once = max(tokens, min(TOKENS, tokens * init.calibration_rows))
+    if init.depth == "importance":
+        at_once = max(at_once, REMOVED * max(tokens, min(REMOVAL_TOKENS, tokens * init.calibration_rows)))
     # The stream, its norm, queries, keys, values and their mix, and the MLP's gate, up and product.
     activations = at_once * (8 * width + 3 * top_k * max(units, default=0)) * FLOAT + width * width * FLOAT * 3
     return _forecast(sides, init, source.dtype, activations if init.calibration_rows else 0)
@@ -95,7 +106,7 @@ def _blank(source: TransformersModel | PythonModel) -> PreTrainedModel:
     return blank_language_model(language_config(source), attention=source.attention)
 
 
-def _denoiser(model: DiffusersModel, source: DiffusersModel, init: ProjectionInit) -> Forecast:
+def _denoiser(model: DiffusersModel, source: DiffusersModel, init: ProjectionInit, row: Row) -> Forecast:
     teacher = blank_teacher(denoiser_settings(source), source=source.source)
     student = empty_denoiser(model)
     theirs = denoiser_structure(teacher, f"teacher {source.source}")
@@ -103,13 +114,16 @@ def _denoiser(model: DiffusersModel, source: DiffusersModel, init: ProjectionIni
     sides = _sides(source.source, teacher, theirs, student, ours, {}, moved_stages(student, teacher))
     activations = 0
     if init.calibration_rows and isinstance(teacher, tuple(NETWORKS.values())):
-        copies = REMOVED if init.depth == "importance" else 1
-        activations = min(IMAGES, init.calibration_rows) * copies * _largest_block(teacher) * FLOAT
+        numbers, pixels = _largest_block(teacher, row)
+        images = min(init.calibration_rows, max(1, PIXELS // pixels))
+        if init.depth == "importance":
+            images = max(images, REMOVED * min(init.calibration_rows, max(1, REMOVAL_TOKENS * PATCH // pixels)))
+        activations = images * numbers * FLOAT
     return _forecast(sides, init, source.dtype, activations)
 
 
-def _largest_block(network: ModelMixin) -> int:
-    """Numbers that the layers of one block give for one image, of the block that gives most."""
+def _largest_block(network: ModelMixin, row: Row) -> tuple[int, int]:
+    """Numbers that the layers of one block give for one image, of the block that gives most; pixels of the latents."""
     nn.Module.to(network, "meta")
     sums: dict[str, int] = {}
 
@@ -124,10 +138,11 @@ def _largest_block(network: ModelMixin) -> int:
     for name, module in network.named_modules():
         if not list(module.children()):
             handles.append(module.register_forward_hook(add(".".join(name.split(".")[:2]))))
-    with_one_sample(network)
+    with torch.no_grad():
+        out = with_one_sample(network, size=row.latents, tokens=max(row.tokens, 1))
     for handle in handles:
         handle.remove()
-    return max(sums.values(), default=0)
+    return max(sums.values(), default=0), out[0, 0].numel()
 
 
 def _sides(

@@ -125,7 +125,7 @@ def calibration_of(rows: Rows | None, wanted: int) -> Calibration | None:
         raise DataError(
             "student.init.calibration_rows: the inputs cache has no rows to train on, so nothing to measure."
         )
-    return Calibration(batches, _run, _kl)
+    return Calibration(batches, _run, _kl, lambda batch: batch["input_ids"].shape[1])
 
 
 def _run(network: nn.Module, batch: Batch) -> Tensor:

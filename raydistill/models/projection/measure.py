@@ -19,6 +19,10 @@ Rows = Callable[[int], Sequence[Batch]]
 """Gives that many training rows as batches: of text `input_ids`, `position_ids` and `valid`, of images `latents`,
 `noise`, `timestep` and what else a denoiser is told."""
 Hook = Callable[[Tensor], None]
+REMOVED = 8
+"""Copies of rows that go through a network at once, each without another block."""
+REMOVAL_TOKENS = 2048
+"""Tokens of a batch on which the removal of blocks is measured, as far as one row has not more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,13 @@ class Calibration:
     """The output of a network on a batch: [..., width] of what is compared."""
     change: Callable[[nn.Module, Tensor, nn.Module, Tensor], float]
     """How far the output of the second network is from that of the first."""
+    row_tokens: Callable[[Batch], int]
+    """Tokens that a row of a batch has in the network, about."""
+
+    def few(self, batch: Batch, tokens: int) -> Batch:
+        """The first rows of a batch, as many as have no more than `tokens` together; at least one."""
+        rows = max(1, tokens // max(self.row_tokens(batch), 1))
+        return {name: tensor[:rows] for name, tensor in batch.items()}
 
 
 @dataclass(slots=True)
@@ -128,17 +139,17 @@ def kept_lengths(
 
 
 def removal_changes(
-    network: nn.Module, structure: Structure, calibration: Calibration, *, at_once: int = 8
+    network: nn.Module, structure: Structure, calibration: Calibration, *, at_once: int = REMOVED
 ) -> dict[str, float]:
     """By module of a block: how far the output goes from what it is when it alone is left out; mean over batches.
 
-    The rows go through the network once more for each block left out, `at_once` of these copies side by side, so that
-    a teacher that is read from disk is read blocks / at_once times. Source: Muralidharan et al. 2024, arXiv 2407.14679,
-    Sec. 2.2.
+    A few rows of each batch go through the network once more for each block left out, `at_once` of these copies side by
+    side, so that a teacher that is read from disk is read blocks / at_once times.
+    Source: Muralidharan et al. 2024, arXiv 2407.14679, Sec. 2.2.
     """
     blocks = structure.block_modules
     changes = [0.0] * len(blocks)
-    for batch in calibration.batches:
+    for batch in (calibration.few(batch, REMOVAL_TOKENS) for batch in calibration.batches):
         rows = len(next(iter(batch.values())))
         whole = calibration.run(network, batch)
         for start in range(0, len(blocks), at_once):

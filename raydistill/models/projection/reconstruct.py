@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raydistill.models.projection.maps import Map
-from raydistill.models.projection.measure import Batch, Calibration, arguments
+from raydistill.models.projection.measure import Calibration, arguments
 
 STREAM = "hidden_states"
 """The parameter by which blocks take their stream."""
@@ -55,7 +55,8 @@ def compare(
     For the blocks each is given the projected input of the teacher's block:
     |student's addition - projected addition of the teacher| / |projected addition of the teacher|.
     """
-    batch = _cut(calibration.batches[0], 2 * sum(pair.stream.size for pair in pairs))
+    kept = 2 * sum(pair.stream.size for pair in pairs)
+    batch = calibration.few(calibration.batches[0], NUMBERS // max(kept, 1))
     taken: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     with _kept(teacher, pairs, taken, given):
@@ -122,12 +123,3 @@ def _fed(
             stack.callback(module.register_forward_pre_hook(feed(pair.student), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(look_at(pair.student)).remove)
         yield
-
-
-def _cut(batch: Batch, numbers_per_token: int) -> Batch:
-    """The first rows, as many as there is room for the streams of; at least one."""
-    valid = batch.get("valid")
-    if valid is None:
-        return batch
-    rows = max(1, min(len(valid), NUMBERS // max(numbers_per_token * valid.shape[1], 1)))
-    return {name: tensor[:rows] for name, tensor in batch.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from raydistill.config.base import Config
@@ -91,14 +91,14 @@ class ProjectionReport(Config):
 def table(report: ProjectionReport) -> str:
     """The report for a terminal."""
     total = sum(share.parameters for share in (report.exact, report.projected, report.random))
-    lines = [f"student: projected from {report.teacher} ({report.family}, basis {report.basis})"]
+    lines = [f"student: projected from {report.teacher.partition('#')[0]} ({report.family}, basis {report.basis})"]
     for name in ("exact", "projected", "random"):
         share: Share = getattr(report, name)
         lines.append(
             f"  {name:10}{share.tensors:>7,} tensors {share.parameters:>16,} parameters "
             f"{share.parameters / max(total, 1):>7.1%}"
         )
-    lines += [f"  {space}: {what}" for space, what in report.spaces.items()]
+    lines += _spaces(report.spaces)
     random = [tensor.name for tensor in report.tensors if tensor.origin == "random"]
     if random:
         lines.append(f"  at random: {_some(random)}")
@@ -110,6 +110,16 @@ def table(report: ProjectionReport) -> str:
         lines.append(f"  output: {report.output_error:.4g} from the teacher's, before training")
     lines += [f"  {note}" for note in report.notes]
     return "\n".join(lines)
+
+
+def _spaces(spaces: Mapping[str, str]) -> Iterator[str]:
+    """The spaces that change, those that do the same on one line."""
+    changed: dict[str, list[str]] = {}
+    for space, what in spaces.items():
+        if not what.endswith(", all"):
+            changed.setdefault(what, []).append(space)
+    for what, names in changed.items():
+        yield f"  {what}: {_some(names)}"
 
 
 def _blocks(report: ProjectionReport) -> Iterator[str]:
