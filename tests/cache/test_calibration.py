@@ -1,4 +1,4 @@
-"""Rows that a teacher is measured on before it is projected: which, how many at once, and with the noise of their draws."""
+"""Rows that a teacher is measured on before it is projected: which, how many at once, and with which noise."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from raydistill.models.projection.kernels import fit_kernel
 from raydistill.models.projection.run import Sides, project
 from raydistill.models.projection.transformer import transformer_structure
 from raydistill.models.projection.unet import unet_structure
-from raydistill.models.student import build_student, load_student, publish_student
+from raydistill.models.student import build_student, export_student, load_student, publish_student
 from raydistill.storage import Store
 
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -377,6 +377,27 @@ def test_a_projected_denoiser_is_published_with_its_report(tmp_path):
     report = json.loads((tmp_path / "run/init/projection.json").read_text())
     assert report["coverage"] == 1.0
     assert torch.equal(said(load_student(tmp_path / "run/init")), said(build_student(student, seed=0)))
+
+
+def test_a_student_of_one_frame_trains_and_is_exported_for_diffusers(tmp_path):
+    folder = saved(wan(), tmp_path)
+    student = projected(folder, {"num_attention_heads": 1, "ffn_dim": 16, "num_layers": 2})
+    batch = rows(4)[0]
+    with torch.no_grad():
+        wanted = predict(wan(), batch["latents"], batch["timestep"].float(), batch)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = (predict(student, batch["latents"], batch["timestep"].float(), batch) - wanted).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert losses[-1] < 0.5 * losses[0]
+    export_student(student, tmp_path / "export", dtype=torch.float32)
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "export", subfolder="transformer").eval()
+    assert torch.equal(said(again), said(student.eval()))
 
 
 # --- what is refused ---
