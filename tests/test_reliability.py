@@ -247,7 +247,11 @@ def test_job_submitted_to_a_running_cluster(problem: Path, undisturbed: Path, tm
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--address", head, "--working-dir", str(config.parent), "--"]
     command += [sys.executable, "-m", "raydistill.run", config.name]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    for _ in range(20):  # the server answers before the agent that would take the job is up
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(3)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "perplexity" in done.stdout
     assert content(tmp_path / "job") == content(undisturbed)

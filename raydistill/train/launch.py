@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from raydistill.cache.pool import require_cluster
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.train.checkpoint import Progressed
@@ -85,6 +84,8 @@ def run_worker(job: PhaseJob, report: Report) -> Progressed:
 
 def require_room(resources: TrainResources) -> None:
     """`ConfigError` when the cluster cannot hold the fewest workers, now or after growing."""
+    from raydistill.cache.pool import require_cluster  # it brings Ray, which training in the driver does without
+
     fewest = resources.workers if isinstance(resources.workers, int) else resources.workers[0]
     remedy = " (resources.train.workers: 0 trains in the driver)"
     require_cluster(

@@ -132,9 +132,9 @@ def build_all(config: RunConfig) -> Built:
 
 
 def cache_bytes(store: Store) -> dict[str, bytes]:
-    """Every file of a cache but build.json, which holds times."""
+    """Every file of a cache but build.json, which holds times, and what killed writers did not finish."""
     root = Path(store.root)
-    files = [f for f in sorted(root.rglob("*")) if f.is_file() and f.name != "build.json"]
+    files = [f for f in sorted(root.rglob("*")) if f.is_file() and f.name != "build.json" and f.name[:5] != ".tmp-"]
     return {str(f.relative_to(root)): f.read_bytes() for f in files}
 
 
