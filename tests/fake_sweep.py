@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
+from raydistill.config.schema import RunConfig
 from raydistill.config.spaces import all_points, drawn_points, settings
 from raydistill.config.sweep import SweepConfig
 from raydistill.search.curve import Evaluated, Outcome
@@ -38,6 +39,17 @@ MANY = {
     "scheduler": "asha",
     "trials": 30,
 }  # fmt: skip
+WEIGHTS = {
+    "space": {
+        "weights": {
+            "kind": "simplex", "steps": 5,
+            "keys": ["teachers.0.weight", "teachers.1.weight", "teachers.2.weight"],
+        },
+    },
+    "metrics": ["perplexity"],
+    "searcher": "grid",
+}  # fmt: skip
+"""The best point is 0.6, 0.4, 0."""
 ACCOUNTING: dict[str, JsonValue] = {
     "unit": "token", "trials": 20, "teacher_builds": 1, "teacher_shards": 12, "teacher_shards_after_first_trial": 0,
     "cached_units": 98_304.0, "trained_units": 1_920_000.0,
@@ -46,6 +58,22 @@ ACCOUNTING: dict[str, JsonValue] = {
     "seconds": {"teachers": 81.0, "students": 1290.0, "with_cache": 1371.0, "online_teachers": 1580.0,
                 "online": 2870.0, "saved": 2.09},
 }  # fmt: skip
+
+
+def fake_run(name: str = "toy") -> RunConfig:
+    """The run that was varied: three teachers of text."""
+    model = {"library": "transformers", "source": "org/model"}
+    batch = {"global_size": 8, "micro_size": 8}
+    phase = {"name": "one", "steps": 100, "batch": batch, "optimizer": {"student": {"lr": 0.1}}}
+    return RunConfig.model_validate(
+        {
+            "name": name,
+            "source": {"paths": ["a.txt"], "tokenizer": "gpt2", "seq_len": 16},
+            "teachers": [{"name": teacher, "model": model} for teacher in ("red", "green", "blue")],
+            "student": {"model": model},
+            "phases": [phase],
+        }
+    )
 
 
 def fake_results(sweep: SweepConfig, *, stop: bool = False, fail: tuple[int, ...] = ()) -> list[Result]:
@@ -85,6 +113,8 @@ def _loss(values: Mapping[str, JsonValue]) -> float:
             loss += 4 * (float(str(value)) - 0.7) ** 2
         elif key == TEMPERATURE:
             loss += 0.4 * (float(str(value)) - 1.5) ** 2
+        elif key.startswith("teachers."):
+            loss += (float(str(value)) - {"0": 0.6, "1": 0.4, "2": 0.0}[key.split(".")[1]]) ** 2
         elif key.endswith("lr"):
             loss += 0.5 * (math.log10(float(str(value))) + 3) ** 2
         elif key.endswith("num_layers"):

@@ -27,6 +27,7 @@ from raydistill.report.sweep_charts import (
     progress_chart,
     said_value,
     spots_chart,
+    triangle_chart,
 )
 from raydistill.report.words import METRICS, duration, said
 from raydistill.signals import JsonValue
@@ -55,13 +56,13 @@ def render_sweep(found: Json) -> str:
         scheduler=found["scheduler"],
         lede=page.lede(),
         tiles=page.tiles(),
-        answer=[f for f in (page.progress(), *page.heats(), page.front()) if f],
+        answer=[f for f in (page.progress(), *page.heats(), *page.triangles(), page.front()) if f],
         slices=page.slices(),
         parallel=page.parallel(),
         importance=page.importance(),
         warning=page.warning(),
         curves=page.curves(),
-        head=[*(short(key) for key in found["keys"]), *(title_of(m["name"]) for m in found["metrics"])],
+        head=[*(page.names[key] for key in found["keys"]), *(title_of(m["name"]) for m in found["metrics"])],
         rows=page.rows(),
         failures=[(t["id"], t["error"]) for t in found["trials"] if t["status"] == "failed"],
         accounting=page.accounting(),
@@ -69,14 +70,6 @@ def render_sweep(found: Json) -> str:
         space=OmegaConf.to_yaml(OmegaConf.create(found["space"])),
         best=found["best"],
     )
-
-
-def short(key: str) -> str:
-    """A key without the sections that it lies in: `phases.0.recipe.alpha` as `alpha`, with what tells it apart."""
-    parts = key.split(".")
-    if parts[0] == "teachers" and len(parts) == 3:
-        return f"{parts[2]} {parts[1]}"
-    return parts[-1].replace("_", " ")
 
 
 def lowered(title: str) -> str:
@@ -93,8 +86,7 @@ class _Page:
         self.metric: str = self.metrics[0]["name"]
         self.lower: bool = self.metrics[0]["lower_is_better"]
         self.format = _format(self.metric)
-        names = [short(key) for key in self.keys]
-        self.names = {key: short(key) if names.count(short(key)) == 1 else key for key in self.keys}
+        self.names: dict[str, str] = dict(found["labels"])
 
     @property
     def best(self) -> Json | None:
@@ -187,6 +179,25 @@ class _Page:
                 row_name=self.names[down], column_name=self.names[across], y_format=_format(metric["name"]),
             )  # fmt: skip
             figures.append(Figure(f"{title} by {self.names[down]} and {self.names[across]}", "darker is better", chart))
+        return figures
+
+    def triangles(self) -> list[Figure]:
+        """Shares of three keys as places in a triangle, a figure per such dimension of the space."""
+        figures = []
+        for name, dimension in self.found["space"].items():
+            keys = dimension.get("keys", [])
+            if len(keys) != 3:
+                continue
+            spots = [
+                ([float(t["values"][key]) for key in keys], y, self.title(t))
+                for t, y in self.shown()
+                if t["status"] == "done" and keys[0] in t["values"]
+            ]
+            corners = [self.names[key] for key in keys]
+            title = f"{title_of(self.metric)} by {name.replace('_', ' ')}"
+            chart = triangle_chart(spots, corners, lower_is_better=self.lower, label=title, y_format=self.format)
+            if chart:
+                figures.append(Figure(title, "a corner is that teacher alone; darker is better", chart))
         return figures
 
     def _values(self, key: str) -> list[str]:

@@ -235,6 +235,37 @@ def heat_chart(
     return _svg(body, WIDE, height, label)
 
 
+def triangle_chart(
+    spots: Sequence[tuple[Sequence[float], float, str]],
+    corners: Sequence[str],
+    *,
+    lower_is_better: bool,
+    label: str,
+    y_format: Format = number,
+) -> str:
+    """Shares of three that sum to 1 as places in a triangle: (shares, metric, title). The darker a spot, the better, by
+    ranks; the best one has a frame and its value. Empty without a trial."""
+    if not spots:
+        return ""
+    places = [(WIDE / 2, 36.0), (92.0, 294.0), (WIDE - 92.0, 294.0)]
+    order = sorted((y for _, y, _ in spots), reverse=lower_is_better)
+    outline = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    body = [f'<path class="edge" d="M{outline}Z"/>']
+    body.append(_text("row", places[0][0], places[0][1] - 19, corners[0]))
+    body += [_text("row", x, y + 26, name) for (x, y), name in zip(places[1:], corners[1:], strict=True)]
+    told = []
+    for shares, value, title in spots:
+        x, y = (sum(s * place[axis] for s, place in zip(shares, places, strict=True)) for axis in (0, 1))
+        share = order.index(value) / max(len(order) - 1, 1)
+        best = value == order[-1]
+        body.append(
+            f'<circle class="heat{" best" if best else ""}" cx="{x:.1f}" cy="{y:.1f}" r="{13 if best else 11}" '
+            f'style="fill-opacity:{0.06 + 0.74 * share**1.4:.3f}"><title>{escape(title)}</title></circle>'
+        )
+        told += [_text("value", x, y - 18, y_format(value))] if best else []
+    return _svg([*body, *told], WIDE, 328, label)
+
+
 def parallel_chart(
     trials: Sequence[tuple[Sequence[JsonValue], float, str, str]],
     names: Sequence[str],

@@ -53,6 +53,8 @@ class TrialRecord(Config):
     """URI of each teacher's signal cache."""
     init: str | None
     """URI of the folder with the untrained student that it shares with others; None: it makes its own."""
+    costs: str = ""
+    """URI of the folder in which trials with the same student share what it costs."""
     status: Status = "open"
     """`open`: waiting or running; `stopped`: ended early by the scheduler."""
     error: str | None = None

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import JsonValue
 
+from raydistill.config.schema import RunConfig
 from raydistill.config.sweep import MetricConfig, SweepConfig
 from raydistill.search.curve import Outcome, read_outcome
 from raydistill.search.ledger import Ledger, TrialRecord, read_config
@@ -151,17 +152,33 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [first[value] + (order.count(value) - 1) / 2 for value in values]
 
 
+def labels(sweep: SweepConfig, config: RunConfig) -> dict[str, str]:
+    """Short names of the keys that are varied: of a teacher's weight the teacher's, else the last part where that is
+    enough to tell them apart."""
+    found = {}
+    for key in sweep.keys:
+        parts = key.split(".")
+        index = int(parts[1]) if len(parts) == 3 and parts[0] == "teachers" and parts[1].isdigit() else -1
+        if parts[-1] == "weight" and 0 <= index < len(config.teachers):
+            found[key] = config.teachers[index].name
+        else:
+            found[key] = parts[-1].replace("_", " ")
+    names = [*found.values()]
+    return {key: name if names.count(name) == 1 else key for key, name in found.items()}
+
+
 def as_json(
-    results: Sequence[Result], sweep: SweepConfig, name: str, accounting: Mapping[str, JsonValue]
+    results: Sequence[Result], sweep: SweepConfig, config: RunConfig, accounting: Mapping[str, JsonValue]
 ) -> dict[str, JsonValue]:
-    """The content of sweep.json."""
+    """The content of sweep.json; `config` is the run that was varied."""
     best = best_of(results, sweep)
     return {
-        "name": name,
+        "name": config.name,
         "searcher": sweep.searcher,
         "scheduler": sweep.scheduler.kind,
         "metrics": [{"name": m.name, "lower_is_better": m.lower_is_better} for m in sweep.metrics],
         "keys": [*sweep.keys],
+        "labels": dict(labels(sweep, config)),
         "space": {key: value.model_dump(mode="json") for key, value in sweep.space.items()},
         "best": best.record.id if best else None,
         "compromises": [r.record.id for r in compromises(results, sweep)],

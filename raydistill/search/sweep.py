@@ -6,6 +6,7 @@ and under sweep/trials/ a run folder per trial.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -33,9 +34,9 @@ from raydistill.search.caches import Caches, refuse_rebuilds
 from raydistill.search.curve import read_outcome
 from raydistill.search.feed import Learning, Listed
 from raydistill.search.ledger import Ledger, TrialRecord, read_config, read_trial, write_config
-from raydistill.search.results import Result, as_csv, as_json, best_of, read_results
+from raydistill.search.results import Result, as_csv, as_json, best_of, labels, read_results
 from raydistill.search.schedulers import make_scheduler, remember
-from raydistill.search.trial import SPEEDS, link_file, measured_costs
+from raydistill.search.trial import link_file
 from raydistill.search.tuner import Source, Trials, run_trials
 from raydistill.storage import Store
 from raydistill.train.launch import require_room
@@ -120,15 +121,6 @@ class _Sweep:
         varied = any(key == "seed" or key.split(".")[0] == "student" for key in self.sweep.keys)
         return None if varied else f"{self.run.store.uri}/init"
 
-    @cached_property
-    def shared_costs(self) -> dict[str, float] | None:
-        """The costs of that student, measured once."""
-        if self.shared_init is None:
-            return None
-        inputs, signals = self.run.inputs[0].uri, {name: store.uri for name, (store, _) in self.run.signals.items()}
-        speed = any(metric.name in SPEEDS for metric in self.sweep.metrics)
-        return measured_costs(self.run.config, inputs, signals, self.shared_init, speed=speed)
-
     def add(self, number: int, point: Point, parameters: Mapping[str, JsonValue]) -> None:
         """Write a new trial down; `ConfigError` when the schema refuses its values together."""
         config = self.configured(point, number)
@@ -141,9 +133,8 @@ class _Sweep:
             inputs=reads.inputs[0].uri,
             signals={name: store.uri for name, (store, _) in reads.signals.items()},
             init=self.shared_init,
+            costs=(self.ledger.store / "costs" / _student_key(config)).uri,
         )
-        if self.shared_costs is not None:
-            self.ledger.folder(number).publish("costs.json", json.dumps(self.shared_costs))
         self.ledger.add(record, config)
 
     def search(self) -> None:
@@ -193,7 +184,8 @@ class _Sweep:
         """One line about a trial that has ended."""
         folder, metric = self.ledger.folder(number), self.sweep.metrics[0]
         result = self.results[number] = Result(read_trial(folder), read_outcome(folder, read_config(folder)))
-        values = ", ".join(f"{key.rsplit('.', 1)[-1]} {_short(v)}" for key, v in result.record.values.items())
+        names = labels(self.sweep, self.run.config)
+        values = ", ".join(f"{names[key]} {_short(v)}" for key, v in result.record.values.items())
         if result.record.status == "failed":
             told = f"failed: {(result.record.error or '').splitlines()[0]}"
         else:
@@ -223,7 +215,7 @@ class _Sweep:
         began = float(json.loads(self.ledger.store.read_text(BEGAN)))
         accounting = account(self.run, results, configs, began=began)
         assert isinstance(accounting, dict)
-        found = as_json(results, self.sweep, self.run.config.name, accounting)
+        found = as_json(results, self.sweep, self.run.config, accounting)
         self.run.store.publish("sweep.json", json.dumps(found, indent=1))
         self.run.store.publish("sweep.csv", as_csv(results, self.sweep))
         self.run.store.publish("sweep.html", render_sweep(found))
@@ -247,6 +239,12 @@ class _Sweep:
         failed = [r.record.id for r in results if r.record.status == "failed"]
         lines += [f"failed: {', '.join(failed)} (sweep.json says why)"] if failed else []
         return "\n".join([*lines, "", f"report: {store.uri}/sweep.html", f"model:  {store.uri}/export"])
+
+
+def _student_key(config: RunConfig) -> str:
+    """The same for trials whose students cost the same."""
+    shape = config.student.model_dump_json(exclude={"gradient_checkpointing"})
+    return hashlib.sha256(shape.encode()).hexdigest()[:16]
 
 
 def _copy_folder(source: Store, target: Store) -> None:

@@ -108,20 +108,23 @@ def link_file(source: Store, target: Store, name: str) -> None:
 
 
 def _costs(folder: Store, config: RunConfig, record: TrialRecord, wanted: Sequence[str]) -> dict[str, float]:
-    """Size and, where it is asked for, speed of the student: measured once, before it trains."""
+    """Size and, where it is asked for, speed of the student: measured once for all trials that have it, untrained."""
     speed = any(name in SPEEDS for name in wanted)
-    if not folder.exists(COSTS) or (speed and not set(SPEEDS) & set(read_costs(folder))):
-        costs = measured_costs(config, record.inputs, record.signals, f"{folder.uri}/init", speed=speed)
-        folder.publish(COSTS, json.dumps(costs))
+    shared = Store(record.costs) if record.costs else folder
+    if not _has_costs(shared, speed):
+        job = EvaluateJob(
+            config=config, inputs=record.inputs, signals=record.signals, student=f"{folder.uri}/init", weights={}
+        )
+        costs = on_train_hardware(config, student_costs, job, speed=True) if speed else student_costs(job, speed=False)
+        if not _has_costs(shared, speed):  # else another trial was faster, and all are to say the same
+            shared.publish(COSTS, json.dumps(costs))
+    if shared.uri != folder.uri:
+        folder.publish(COSTS, shared.read(COSTS))
     return read_costs(folder)
 
 
-def measured_costs(
-    config: RunConfig, inputs: str, signals: Mapping[str, str], init: str, *, speed: bool
-) -> dict[str, float]:
-    """The costs of the student in `init`; its speed is measured where it trains."""
-    job = EvaluateJob(config=config, inputs=inputs, signals=signals, student=init, weights={})
-    return on_train_hardware(config, student_costs, job, speed=True) if speed else student_costs(job, speed=False)
+def _has_costs(store: Store, speed: bool) -> bool:
+    return store.exists(COSTS) and (not speed or bool(set(SPEEDS) & set(read_costs(store))))
 
 
 def _train(job: PhaseJob, tell: Tell) -> PhaseResult:

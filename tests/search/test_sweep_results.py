@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_sweep import ACCOUNTING, ALPHA, GRID, MANY, TEMPERATURE, fake_results
+from fake_sweep import ACCOUNTING, ALPHA, GRID, MANY, TEMPERATURE, WEIGHTS, fake_results, fake_run
 
 from raydistill.config.schema import RunConfig
 from raydistill.config.sweep import SweepConfig
@@ -20,7 +20,7 @@ from raydistill.search import accounting
 from raydistill.search.accounting import Work, account
 from raydistill.search.curve import Outcome
 from raydistill.search.ledger import TrialRecord
-from raydistill.search.results import Result, as_csv, as_json, best_of, compromises, explained, importances
+from raydistill.search.results import Result, as_csv, as_json, best_of, compromises, explained, importances, labels
 from raydistill.storage import Store
 
 # Results ------------------------------------------------------------------------------------------------------------
@@ -135,12 +135,32 @@ def config_of(alpha: float) -> RunConfig:
     )
 
 
+def test_a_key_is_called_by_what_tells_it_apart() -> None:
+    space = {
+        key: {"kind": "grid", "values": [1]}
+        for key in (
+            "teachers.1.weight",
+            "phases.0.recipe.alpha",
+            "phases.0.optimizer.student.lr",
+            "phases.1.optimizer.student.lr",
+        )
+    }
+    sweep = SweepConfig.model_validate({"space": space, "metrics": ["perplexity"], "searcher": "grid"})
+    assert [*labels(sweep, fake_run()).values()] == [
+        "green",
+        "alpha",
+        "phases.0.optimizer.student.lr",
+        "phases.1.optimizer.student.lr",
+    ]
+
+
 # The page -----------------------------------------------------------------------------------------------------------
 
 
 def page(conf: dict[str, Any], **kinds: Any) -> str:
     sweep = SweepConfig.model_validate(conf)
-    return render_sweep(as_json(fake_results(sweep, **kinds), sweep, "toy <sweep>", ACCOUNTING))
+    run = fake_run().model_copy(update={"name": "toy <sweep>"})
+    return render_sweep(as_json(fake_results(sweep, **kinds), sweep, run, ACCOUNTING))
 
 
 def test_the_page_answers_a_grid_of_two_keys_with_a_table() -> None:
@@ -149,6 +169,15 @@ def test_the_page_answers_a_grid_of_two_keys_with_a_table() -> None:
     assert text.count('<rect class="heat best"') == 2
     assert "011 is the best: alpha 0.7, temperature 1.5" in text
     assert "toy &lt;sweep&gt;" in text
+
+
+def test_the_page_shows_three_weights_in_a_triangle_with_the_teachers_names() -> None:
+    text = page(WEIGHTS)
+    assert text.count('<circle class="heat') == 21
+    assert text.count('<circle class="heat best"') == 1
+    assert "is the best: red 0.6, green 0.4, blue 0." in text
+    for name in ("red", "green", "blue"):
+        assert f">{name}</text>" in text
 
 
 def test_the_page_needs_no_network_and_no_script() -> None:
@@ -170,5 +199,5 @@ def test_the_page_shows_many_keys_the_front_and_what_went_wrong() -> None:
 
 def test_a_page_without_a_finished_trial_says_so() -> None:
     sweep = SweepConfig.model_validate(GRID)
-    text = render_sweep(as_json([], sweep, "toy", {}))
+    text = render_sweep(as_json([], sweep, fake_run(), {}))
     assert "No trial has been trained to its end yet." in text

@@ -112,6 +112,17 @@ def test_speed_is_measured_only_where_it_is_asked_for(toy: Toy) -> None:
     assert json.loads(fast.read_text("costs.json"))["tokens_per_second"] > 0
 
 
+def test_trials_with_one_student_say_one_thing_of_what_it_costs(toy: Toy) -> None:
+    shared = toy.ledger.store / "costs/student"
+    for number in range(2):
+        folder = toy.add(number)
+        toy.ledger.write(read_trial(folder).model_copy(update={"costs": shared.uri}))
+        with pytest.raises(Stopped):
+            train_trial(folder, Listener(1), wanted=["tokens_per_second"])
+        shared.publish("costs.json", shared.read_text("costs.json").replace("}", ', "seen": 1}'))
+    assert json.loads(toy.ledger.folder(1).read_text("costs.json"))["seen"] == 1
+
+
 def test_a_trial_takes_over_weights_and_goes_on_with_other_values(toy: Toy) -> None:
     donor, folder = toy.add(0, **{ALPHA: 0.9}), toy.add(1, **{ALPHA: 0.1})
     for store, reports in ((donor, 4), (folder, 2)):
