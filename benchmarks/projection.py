@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="calibration rows")
     parser.add_argument("--bases", nargs="+", default=["importance", "pca", "weights"])
     parser.add_argument("--depths", nargs="+", default=["uniform", "importance", "first", "last"])
-    parser.add_argument("more", nargs="*", help="further overrides of the configuration, key=value")
+    parser.add_argument("--set", nargs="+", default=[], help="further overrides of the configuration, key=value")
     options = parser.parse_args()
     runs = {}
     for start in starts(options.bases, options.depths, options.rows):
@@ -93,7 +93,7 @@ def train(start: Start, run: Path, options: argparse.Namespace) -> None:
         sys.executable, "-m", "raydistill.run", options.config, f"run_dir={run}",
         f"cache.dir={options.folder.absolute()}/cache", f"student.init={start.init}",
         f"student.model.overrides={options.student}", *start.overrides, f"phases.0.steps={options.steps}",
-        "phases.0.epochs=null", f"evaluate.every_steps={options.every}", "evaluate.baseline=false", *options.more,
+        "phases.0.epochs=null", f"evaluate.every_steps={options.every}", "evaluate.baseline=false", *options.set,
         "--stages", STAGES,
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT)

@@ -51,39 +51,45 @@ def work_of(config: RunConfig) -> Work:
     return Work(_sum(per_unit), cached, students, units)
 
 
-def account(run: Run, results: Sequence[Result], configs: Mapping[int, RunConfig], *, began: float) -> JsonValue:
-    """The section `accounting` of sweep.json; `configs` are those of the trials by number and `began` is when the first
-    of them was made, in seconds since the epoch."""
+def account(
+    runs: Sequence[Run], results: Sequence[Result], configs: Mapping[int, RunConfig], *, began: float
+) -> dict[str, JsonValue]:
+    """The section `accounting` of sweep.json.
+
+    `runs` are the one that is varied and those whose caches were built besides, `configs` those of the trials by number,
+    and `began` is when the first trial was made, in seconds since the epoch.
+    """
     known: dict[str, Work] = {}
 
     def work(config: RunConfig) -> Work:
         # What a trial learns from and how fast changes nothing of what a step costs.
-        key = config.model_dump_json(
-            exclude={"name": True, "run_dir": True, "phases": {"__all__": {"recipe", "optimizer"}}}
-        )
+        without = {"name": True, "run_dir": True, "phases": {"__all__": {"recipe", "optimizer"}}}
+        key = config.model_dump_json(exclude=without)
         known[key] = known.get(key) or work_of(config)
         return known[key]
 
-    base = work(run.config)
-    builds = [build for name, (store, _) in run.signals.items() for build in read_builds(store)]
+    stores = {store.uri: store for run in runs for store, _ in run.signals.values()}
+    builds = [build for store in stores.values() for build in read_builds(store)]
     teacher_seconds = sum(build.seconds for build in builds)
-    student = _sum([_student_flops(work(configs[r.record.number]), r) for r in results])
-    online_teacher = _sum([_online_flops(work(configs[r.record.number]), configs[r.record.number], r) for r in results])
-    cached = _product(base.teachers, base.cached)
-    student_seconds = sum(r.outcome.seconds for r in results)
-    units = _sum([_online_units(work(configs[r.record.number]), configs[r.record.number], r) for r in results])
-    per_unit = teacher_seconds / base.cached if base.cached and teacher_seconds else None
-    online_seconds = _product(units, per_unit)
+    cached_units = _sum([work(run.config).cached for run in runs])
+    cached = _sum([_product(work(run.config).teachers, work(run.config).cached) for run in runs])
+    trials = [(work(configs[r.record.number]), configs[r.record.number], r) for r in results]
+    student = _sum([_student_flops(costs, result) for costs, _, result in trials])
+    online_teacher = _sum([_product(w.teachers, _online_units(w, config, result)) for w, config, result in trials])
+    units = _sum([_online_units(costs, config, result) for costs, config, result in trials])
+    per_unit = teacher_seconds / cached_units if cached_units and teacher_seconds else None
     return {
-        "unit": "token" if isinstance(run.config.source, TextSource) else "draw",
+        "unit": "token" if isinstance(runs[0].config.source, TextSource) else "draw",
         "trials": len(results),
         "teacher_builds": len(builds),
         "teacher_shards": sum(len(build.shards) for build in builds),
         "teacher_shards_after_first_trial": sum(len(b.shards) for b in builds if b.started > began),
-        "cached_units": base.cached,
+        "cached_units": cached_units,
         "trained_units": units,
         "flops": _compared(cached, student, online_teacher),
-        "seconds": _compared(teacher_seconds or None, student_seconds, online_seconds),
+        "seconds": _compared(
+            teacher_seconds or None, sum(r.outcome.seconds for r in results), _product(units, per_unit)
+        ),
     }
 
 
@@ -109,10 +115,6 @@ def _online_units(work: Work, config: RunConfig, result: Result) -> float | None
     """Units that the trial trained on in phases with a teacher."""
     parts = zip(config.phases, work.units, result.outcome.phase_steps, strict=True)
     return _sum([_product(units, float(steps)) for phase, units, steps in parts if phase.recipe.uses_teacher])
-
-
-def _online_flops(work: Work, config: RunConfig, result: Result) -> float | None:
-    return _product(work.teachers, _online_units(work, config, result))
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -36,6 +36,11 @@ class Caches:
     _names: dict[str, dict[str, str]] = field(default_factory=dict)
     _others: dict[str, Run] = field(default_factory=dict)
 
+    @property
+    def runs(self) -> list[Run]:
+        """The run that is varied, and those that stand for other caches."""
+        return [self.run, *self._others.values()]
+
     def changed(self, config: RunConfig) -> list[str]:
         """Folders of the run's caches that `config` would not read, as far as the run's own are built by now."""
         own, other = self.names(self.run.config), self.names(config)

@@ -187,7 +187,7 @@ class _Sweep:
         names = labels(self.sweep, self.run.config)
         values = ", ".join(f"{names[key]} {_short(v)}" for key, v in result.record.values.items())
         if result.record.status == "failed":
-            told = f"failed: {(result.record.error or '').splitlines()[0]}"
+            told = f"failed: {(result.record.error or 'no message').splitlines()[0]}"
         else:
             value = result.value(metric)
             told = f"{metric.name} {_short(value)} after {result.outcome.steps:,} steps"
@@ -213,8 +213,7 @@ class _Sweep:
     def _write(self, results: list[Result]) -> None:
         configs = {r.record.number: read_config(self.ledger.folder(r.record.number)) for r in results}
         began = float(json.loads(self.ledger.store.read_text(BEGAN)))
-        accounting = account(self.run, results, configs, began=began)
-        assert isinstance(accounting, dict)
+        accounting = account(self.caches.runs, results, configs, began=began)
         found = as_json(results, self.sweep, self.run.config, accounting)
         self.run.store.publish("sweep.json", json.dumps(found, indent=1))
         self.run.store.publish("sweep.csv", as_csv(results, self.sweep))
@@ -271,4 +270,4 @@ def _copy_folder(source: Store, target: Store) -> None:
 def _short(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

@@ -98,7 +98,7 @@ def test_the_accounting_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     run: Any = SimpleNamespace(config=config_of(0.5), signals={"big": (signal, None)})
     results = [result_of(number, 40) for number in range(2)]
     configs = {0: config_of(0.5), 1: config_of(0.0)}  # the second learns from the data alone
-    found: Any = account(run, results, configs, began=200.0)
+    found: Any = account([run], results, configs, began=200.0)
     assert found["teacher_shards"] == 3
     assert found["teacher_shards_after_first_trial"] == 1, "a shard was built after the first trial began"
     assert found["trained_units"] == 4000
@@ -108,6 +108,10 @@ def test_the_accounting_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     }  # fmt: skip
     assert found["seconds"]["online_teachers"] == pytest.approx(4000 * 10 / 500)
     assert found["seconds"]["with_cache"] == 10 + 2 * 7
+    other: Any = SimpleNamespace(config=config_of(0.5), signals={"big": (Store(tmp_path / "other"), None)})
+    more: Any = account([run, other], results, configs, began=200.0)
+    assert more["flops"]["teachers"] == 30_000, "a second cache was built"
+    assert more["teacher_builds"] == 2, "by nobody knows whom"
 
 
 def result_of(number: int, steps: int) -> Result:
