@@ -56,8 +56,8 @@ def account(
 ) -> dict[str, JsonValue]:
     """The section `accounting` of sweep.json.
 
-    `runs` are the one that is varied and those whose caches were built besides, `configs` those of the trials by number,
-    and `began` is when the first trial was made, in seconds since the epoch.
+    `runs` are the one that is varied and those whose caches were built besides, `configs` those of the trials by
+    number, and `began` is when the first trial was made, in seconds since the epoch.
     """
     known: dict[str, Work] = {}
 
