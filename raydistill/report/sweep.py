@@ -141,7 +141,8 @@ class _Page:
         if (after := accounting.get("teacher_shards_after_first_trial")) is not None:
             tiles.append((str(after), "teacher calls", f"after the cache of {accounting['teacher_shards']} shards"))
         if saved := (accounting.get("flops") or {}).get("saved"):
-            tiles.append((f"{number(saved)}×", "less computing", "than with teachers beside every student"))
+            ratio, what = (saved, "less computing") if saved >= 1 else (1 / saved, "more computing")
+            tiles.append((f"{number(ratio)}×", what, "than with teachers beside every student"))
         return tiles
 
     def progress(self) -> Figure | None:

@@ -63,8 +63,9 @@ def account(
 
     def work(config: RunConfig) -> Work:
         # What a trial learns from and how fast changes nothing of what a step costs.
-        without = {"name": True, "run_dir": True, "phases": {"__all__": {"recipe", "optimizer"}}}
-        key = config.model_dump_json(exclude=without)
+        key = config.model_dump_json(
+            exclude={"name": True, "run_dir": True, "phases": {"__all__": {"recipe": True, "optimizer": True}}}
+        )
         known[key] = known.get(key) or work_of(config)
         return known[key]
 

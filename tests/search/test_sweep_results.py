@@ -201,6 +201,12 @@ def test_the_page_shows_many_keys_the_front_and_what_went_wrong() -> None:
     assert "hint, not a finding" in text
 
 
+def test_a_cache_that_has_not_paid_for_itself_is_not_called_a_saving() -> None:
+    sweep = SweepConfig.model_validate(GRID)
+    text = render_sweep(as_json(fake_results(sweep), sweep, fake_run(), ACCOUNTING | {"flops": {"saved": 0.5}}))
+    assert "<b>2×</b><span>more computing</span>" in text
+
+
 def test_a_page_without_a_finished_trial_says_so() -> None:
     sweep = SweepConfig.model_validate(GRID)
     text = render_sweep(as_json([], sweep, fake_run(), {}))
