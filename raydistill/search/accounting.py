@@ -63,9 +63,8 @@ def account(
 
     def work(config: RunConfig) -> Work:
         # What a trial learns from and how fast changes nothing of what a step costs.
-        key = config.model_dump_json(
-            exclude={"name": True, "run_dir": True, "phases": {"__all__": {"recipe": True, "optimizer": True}}}
-        )
+        phases = tuple(p.model_copy(update={"recipe": None, "optimizer": {}}) for p in config.phases)
+        key = repr(config.model_copy(update={"name": "", "run_dir": "", "phases": phases}))
         known[key] = known.get(key) or work_of(config)
         return known[key]
 
