@@ -226,7 +226,8 @@ def head(tmp_path: Path) -> Iterator[str]:
     port, dashboard = free_port(), free_port()
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    # The agent that takes jobs would listen on one fixed port, where another Ray of this machine may listen already.
+    command += ["--dashboard-agent-listen-port=0", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"

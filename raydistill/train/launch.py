@@ -7,7 +7,6 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,17 +145,13 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
 
 
 def _fit(trainer: TorchTrainer) -> Result:
-    """`trainer.fit()` in another thread: on the main one, Ray Train takes Ctrl-C for itself and exits with status 0."""
-    outcome: Future[Result] = Future()
+    """`trainer.fit()`, in which Ctrl-C raises KeyboardInterrupt as everywhere else.
 
-    def fit() -> None:
-        try:
-            outcome.set_result(trainer.fit())
-        except BaseException as error:  # raised again on the main thread
-            outcome.set_exception(error)
-
-    threading.Thread(target=fit, name="raydistill-fit", daemon=True).start()
-    return outcome.result()
+    On the main thread Ray Train would take SIGINT for itself and exit with status 0. (Fitting in another thread is no
+    way out: it would still be waiting in Ray when Ray is shut down, which now and then crashes the process.)
+    """
+    trainer._register_sigint_handler = lambda controller: None  # type: ignore[method-assign]
+    return trainer.fit()
 
 
 def _ray_worker(config: dict[str, PhaseJob]) -> Progressed:
