@@ -150,7 +150,7 @@ def _fit(trainer: TorchTrainer) -> Result:
     On the main thread Ray Train would take SIGINT for itself and exit with status 0. (Fitting in another thread is no
     way out: it would still be waiting in Ray when Ray is shut down, which now and then crashes the process.)
     """
-    trainer._register_sigint_handler = lambda controller: None  # type: ignore[method-assign]
+    trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
     return trainer.fit()
 
 
