@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from raydistill.config.base import Config
 from raydistill.config.metrics import training_metrics
 from raydistill.config.models import DiffusersModel, ProjectionInit
-from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe
-from raydistill.config.sources import ImagesSource, TextSource
-from raydistill.config.teachers import NoisePredictionTeacher, TopKLogitsTeacher
+from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe, SelfForcingRecipe, TrajectoryRecipe
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TopKLogitsTeacher
 
 if TYPE_CHECKING:
     from raydistill.config.schema import RunConfig
@@ -23,15 +23,30 @@ RESERVED_TEACHERS = ("inputs", "average", "student", "student_init", "student_ce
 """Names that caches and metrics.json use for other things than a teacher."""
 RESERVED_PHASES = ("baseline",)
 """Names that the run folder uses for other things than a phase."""
-PLAYERS = {LmLogitsRecipe: ("student",), NoisePredictionRecipe: ("student",)}
+PLAYERS: dict[type[Config], tuple[str, ...]] = {
+    LmLogitsRecipe: ("student",),
+    NoisePredictionRecipe: ("student",),
+    TrajectoryRecipe: ("student",),
+    SelfForcingRecipe: ("student", "critic"),
+}
 """The networks that each recipe trains, each of which needs an optimizer."""
 SIGNALS: dict[type[Config], type[Config]] = {
     LmLogitsRecipe: TopKLogitsTeacher,
     NoisePredictionRecipe: NoisePredictionTeacher,
+    TrajectoryRecipe: OdeTrajectoryTeacher,
 }
-"""The signal that each recipe reads."""
-RECIPES_OF: dict[type[Config], type[Config]] = {TextSource: LmLogitsRecipe, ImagesSource: NoisePredictionRecipe}
-"""The recipe that learns from each kind of source."""
+"""The signal that each recipe reads, if it reads any."""
+RECIPES_OF: dict[type[Config], tuple[type[Config], ...]] = {
+    TextSource: (LmLogitsRecipe,),
+    ImagesSource: (NoisePredictionRecipe, TrajectoryRecipe),
+    VideosSource: (NoisePredictionRecipe, TrajectoryRecipe, SelfForcingRecipe),
+    PromptsSource: (TrajectoryRecipe, SelfForcingRecipe),
+}
+"""The recipes that learn from each kind of source."""
+
+
+SAME_TIME = 1e-6
+"""Times that differ by no more are one time."""
 
 
 def problems(config: RunConfig) -> list[str]:
@@ -40,6 +55,8 @@ def problems(config: RunConfig) -> list[str]:
         *_names(config),
         *_weights(config),
         *_kinds(config),
+        *_generator(config),
+        *_guidance(config),
         *_average(config),
         *_projection(config),
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
@@ -68,20 +85,88 @@ def _weights(config: RunConfig) -> Iterator[str]:
         yield "teachers: a phase learns from teachers and there is none; add one, or set the recipe's alpha to 0."
     elif uses_teachers and sum(t.weight for t in config.teachers) == 0:
         yield "teachers.0.weight: every teacher has weight 0; wanted at least one above 0."
+    else:
+        for index, phase in enumerate(config.phases):
+            signal = SIGNALS.get(type(phase.recipe))
+            if signal and phase.recipe.uses_teacher and not any(isinstance(t, signal) for t in config.teachers):
+                (word,) = get_args(signal.model_fields["signal"].annotation)
+                yield f"teachers: phases.{index}.recipe ({phase.recipe.kind}) learns from {word}, which no teacher has."
 
 
 def _kinds(config: RunConfig) -> Iterator[str]:
     """Source, teachers, student and recipes of one kind of model."""
     kind = config.source.kind
-    recipe = RECIPES_OF[type(config.source)]
+    recipes = RECIPES_OF[type(config.source)]
     for index, phase in enumerate(config.phases):
-        if not isinstance(phase.recipe, recipe):
+        if not isinstance(phase.recipe, recipes):
             yield f"phases.{index}.recipe.kind: {phase.recipe.kind} does not learn from a source of kind {kind}."
+    signals = tuple(SIGNALS[recipe] for recipe in recipes if recipe in SIGNALS)
     for index, teacher in enumerate(config.teachers):
-        if not isinstance(teacher, SIGNALS[recipe]):
+        if not isinstance(teacher, signals):
             yield f"teachers.{index}.signal: source.kind {kind} does not feed {teacher.signal} teachers."
-    if isinstance(config.student.model, DiffusersModel) != isinstance(config.source, ImagesSource):
+    if isinstance(config.student.model, DiffusersModel) == isinstance(config.source, TextSource):
         yield f"student.model.library: source.kind {kind} does not train models of {config.student.model.library}."
+
+
+def _generator(config: RunConfig) -> Iterator[str]:
+    """Recipes of students of few steps, their times and their teachers."""
+    generator = config.student.generator
+    for index, phase in enumerate(config.phases):
+        recipe, at = phase.recipe, f"phases.{index}.recipe"
+        if not isinstance(recipe, TrajectoryRecipe | SelfForcingRecipe):
+            continue
+        if generator is None:
+            yield f"student.generator: {at} ({recipe.kind}) trains a student of few steps; name its t_list."
+            continue
+        causal = isinstance(recipe, SelfForcingRecipe) or recipe.causal
+        if causal and generator.causal is None:
+            yield f"student.generator.causal: {at} ({recipe.kind}) makes videos chunk by chunk; give it chunk_frames."
+        if causal and isinstance(config.source, ImagesSource):
+            yield f"{at}: source.kind images has no frames to make chunk by chunk; use a source of videos or prompts."
+        if isinstance(recipe, TrajectoryRecipe):
+            yield from _times(config, generator.t_list, at)
+    if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases):
+        for index, phase in enumerate(config.phases):
+            if not phase.recipe.learns_alone:
+                yield (
+                    f"evaluate.baseline: phases.{index}.recipe ({phase.recipe.kind}) has no form without a teacher to "
+                    "compare with; set evaluate.baseline: false."
+                )
+
+
+def _times(config: RunConfig, t_list: tuple[float, ...], at: str) -> Iterator[str]:
+    """Times of the student at which a teacher keeps no state."""
+    for place, teacher in enumerate(config.teachers):
+        if not isinstance(teacher, OdeTrajectoryTeacher) or teacher.weight == 0 or teacher.imported is not None:
+            continue
+        missing = [t for t in t_list[:-1] if min(abs(t - kept) for kept in teacher.keep_t) > SAME_TIME]
+        if missing:
+            yield (
+                f"student.generator.t_list: {at} wants the states at {missing}, which teachers.{place}.keep_t "
+                f"({list(teacher.keep_t)}) does not keep; use times that are kept, or keep these."
+            )
+
+
+def _guidance(config: RunConfig) -> Iterator[str]:
+    """Guidance needs something to lead away from."""
+    if not isinstance(config.source, PromptsSource) or config.source.negative_prompt is not None:
+        return
+    scales = {
+        f"teachers.{i}.guidance_scale": t.guidance_scale
+        for i, t in enumerate(config.teachers)
+        if isinstance(t, OdeTrajectoryTeacher)
+    }
+    scales |= {
+        f"phases.{i}.recipe.guidance_scale": p.recipe.guidance_scale
+        for i, p in enumerate(config.phases)
+        if isinstance(p.recipe, SelfForcingRecipe)
+    }
+    for key, scale in scales.items():
+        if scale not in (None, 1.0):
+            yield (
+                f'{key}: guidance leads away from a negative prompt, and source.negative_prompt is null; set it ("" is '
+                f"the empty prompt), or {key.rpartition('.')[2]}: 1."
+            )
 
 
 def _projection(config: RunConfig) -> Iterator[str]:
@@ -95,7 +180,7 @@ def _average(config: RunConfig) -> Iterator[str]:
         return
     for index, phase in enumerate(config.phases):
         recipe = phase.recipe
-        if isinstance(recipe, LmLogitsRecipe):
+        if not isinstance(recipe, NoisePredictionRecipe):
             yield "cache.store: average is for predictions of denoisers; set cache.store: each."
         elif recipe.uses_teacher and (recipe.loss != "mse" or recipe.taps):
             found = f"{recipe.loss} with taps" if recipe.taps else recipe.loss

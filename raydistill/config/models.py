@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from raydistill.config.base import Config
 
@@ -198,6 +199,43 @@ InitConfig = Annotated[
 ]
 
 
+class CausalConfig(Config):
+    """A video model that makes its frames in chunks, each of which sees those before it only."""
+
+    chunk_frames: int = Field(default=3, ge=1)
+    """Latent frames of a chunk; the first chunk takes what is left over."""
+    context_noise: float = Field(default=0.0, ge=0, lt=1)
+    """Time t at which finished chunks are kept as context for later ones: 0 keeps them clean. The same scale as
+    `t_list`, never 0 to 1000."""
+
+
+class GeneratorConfig(Config):
+    """How a student makes a sample from noise in a few steps.
+
+    Times t are numbers from 0 (clean) to 1 (noise): for flows the share sigma of noise, for noise schedules with betas
+    the timestep over their number.
+    """
+
+    t_list: tuple[float, ...]
+    """Times of the steps, falling; the last is 0. K + 1 times are K steps."""
+    renoise: Literal["fresh", "same"] = "fresh"
+    """Between steps the clean prediction is noised again: with new noise, or with the noise that the prediction
+    implies."""
+    causal: CausalConfig | None = None
+    """Make the frames of a video chunk by chunk; null makes all at once."""
+
+    @field_validator("t_list")
+    @classmethod
+    def _falling(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        falls = all(a > b for a, b in pairwise(times))
+        if len(times) < 2 or not falls or times[-1] != 0 or times[0] > 1:
+            raise ValueError(
+                f"wanted falling times from at most 1 down to 0, e.g. [1.0, 0.9375, 0.8333, 0.625, 0], found "
+                f"{list(times)}."
+            )
+        return times
+
+
 class StudentConfig(Config):
     """The model that learns."""
 
@@ -207,6 +245,8 @@ class StudentConfig(Config):
     """Where the first weights come from."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    generator: GeneratorConfig | None = None
+    """How a student of few steps makes samples; null for one that is sampled like its teachers."""
 
     @model_validator(mode="after")
     def _overrides(self) -> Self:

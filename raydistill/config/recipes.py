@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from raydistill.config.base import Config, tag_defaults_to
+from raydistill.config.models import DiffusersModel
 
 
 class LmLogitsRecipe(Config):
@@ -40,6 +41,11 @@ class LmLogitsRecipe(Config):
     def uses_teacher(self) -> bool:
         """Whether the recipe reads a teacher's signal."""
         return self.alpha > 0
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return True
 
     def without_teacher(self) -> Self:
         """The same recipe learning from the data alone: what the distilled student is compared with."""
@@ -84,6 +90,11 @@ class NoisePredictionRecipe(Config):
         """Whether the recipe reads a teacher's signal."""
         return self.alpha > 0
 
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return True
+
     def without_teacher(self) -> Self:
         """The same recipe learning from the data alone: what the distilled student is compared with."""
         return self.model_copy(update={"alpha": 0.0, "taps": ()})
@@ -97,6 +108,88 @@ class NoisePredictionRecipe(Config):
         return self
 
 
+class TrajectoryRecipe(Config):
+    """`½ ‖f(x_t, t) - x0‖²` between a student's clean prediction and the teacher's sample, at kept states of its path.
+
+    t is one of the times of `student.generator.t_list`. Luhman & Luhman 2021, arXiv 2101.02388; chunk by chunk, Yin et
+    al. 2024, arXiv 2412.07772.
+    """
+
+    kind: Literal["trajectory"]
+    causal: bool = False
+    """Draw one time for each chunk of `student.generator.causal`, the clean end among them, and let a chunk see those
+    before it only; clean chunks are context and do not count."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the recipe reads a teacher's signal."""
+        return True
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return False
+
+    def without_teacher(self) -> Self:
+        """The same recipe: there is nothing to learn but the samples of a teacher."""
+        return self
+
+
+class GanConfig(Config):
+    """Heads on frozen features of the real score that tell its data from the student's samples."""
+
+    weight: float = Field(default=0.003, gt=0)
+    """Factor of the student's part, `softplus(-D)`."""
+    features: tuple[str, ...] = Field(min_length=1)
+    """Modules of the real score whose outputs the heads read, e.g. `blocks.15`."""
+    r1_weight: float = Field(default=0.0, ge=0)
+    """Factor of the approximate R1 penalty on real data."""
+    r1_sigma: float = Field(default=0.1, gt=0)
+    """Noise by which the penalty shifts real data."""
+
+
+class SelfForcingRecipe(Config):
+    """A causal student on its own rollouts: its samples are drawn towards the distribution of the real score.
+
+    Huang et al. 2025, arXiv 2506.08009; Yin et al. 2024, arXiv 2405.14867 (distribution matching).
+    """
+
+    kind: Literal["self_forcing"]
+    real_score: DiffusersModel | None = None
+    """The denoiser whose distribution is matched, and that the critic starts from; null takes the model of the first
+    teacher."""
+    guidance_scale: float = Field(default=5.0, ge=0)
+    """Guidance of the real score: `uncond + w (cond - uncond)`."""
+    online: Literal["local", "actors"] = "local"
+    """Ask the real score in the training worker, or a pool of Ray actors on `resources.teacher`."""
+    critic_updates: int = Field(default=4, ge=1)
+    """Updates of the critic (and of the heads) for each of the student."""
+    frames: int | None = Field(default=None, ge=1)
+    """Latent frames of a rollout; null makes those of the source."""
+    t_range: tuple[float, float] = (0.02, 0.98)
+    """Least and largest time at which the scores are compared."""
+    shift: float = Field(default=5.0, gt=0)
+    """Times are drawn evenly and shifted towards noise: `s t / (1 + (s - 1) t)`."""
+    gan: GanConfig | None = None
+    """Also tell real from made; wants a source of kind videos."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the recipe reads a teacher's signal."""
+        return False
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return False
+
+    def without_teacher(self) -> Self:
+        """The same recipe: there is nothing to learn without the real score."""
+        return self
+
+
 RecipeConfig = Annotated[
-    LmLogitsRecipe | NoisePredictionRecipe, Field(discriminator="kind"), tag_defaults_to("kind", "lm_logits")
+    LmLogitsRecipe | NoisePredictionRecipe | TrajectoryRecipe | SelfForcingRecipe,
+    Field(discriminator="kind"),
+    tag_defaults_to("kind", "lm_logits"),
 ]

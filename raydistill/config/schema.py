@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from raydistill.config.base import Config
 from raydistill.config.checks import problems
 from raydistill.config.models import StudentConfig
-from raydistill.config.sources import ImagesSource, SourceConfig, TextSource
+from raydistill.config.sources import ImagesSource, LatentSource, Pictures, SourceConfig, TextSource, VideosSource
 from raydistill.config.teachers import Name, TeacherConfig
 from raydistill.config.training import PhaseConfig
 
@@ -122,6 +122,22 @@ class ImageEvaluation(Config):
     """Folder or Hub id of a CLIP model for the CLIP score; null: none."""
 
 
+class VideoEvaluation(Config):
+    """Measurements of students of few steps, still or moving."""
+
+    samples: int = Field(default=4, ge=1)
+    """Samples per model that are shown side by side, all models from the same noise and prompts."""
+    fps: float = Field(default=16.0, gt=0)
+    """Frames per second of written videos."""
+    rollout_frames: int | None = Field(default=None, ge=1)
+    """Latent frames of the long rollouts on which drift is measured; null measures none."""
+    feature_extractor: str | None = None
+    """TorchScript file of a video feature extractor for the Fréchet distance (`package://` and `pypi://` work); null:
+    none."""
+    feature_videos: int = Field(default=256, ge=2)
+    """Generated videos for the Fréchet distance, against as many of the teacher."""
+
+
 class EvaluateConfig(Config):
     """Measurements on held-out rows."""
 
@@ -148,6 +164,8 @@ class EvaluateConfig(Config):
     """Tasks of the optional lm-evaluation-harness package."""
     images: ImageEvaluation = ImageEvaluation()
     """Measurements of image models."""
+    videos: VideoEvaluation = VideoEvaluation()
+    """Measurements of students of few steps."""
 
 
 class ExportConfig(Config):
@@ -219,9 +237,15 @@ class RunConfig(Config):
         return self.source
 
     @property
-    def images(self) -> ImagesSource:
-        """The source of a run on images."""
-        assert isinstance(self.source, ImagesSource), "asked for the images of a run on something else"
+    def latents(self) -> LatentSource:
+        """The source of a run of denoisers."""
+        assert not isinstance(self.source, TextSource), "asked for the latents of a run on text"
+        return self.source
+
+    @property
+    def images(self) -> Pictures:
+        """The source of a run on images or videos."""
+        assert isinstance(self.source, ImagesSource | VideosSource), "asked for the images of a run on something else"
         return self.source
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -175,16 +175,122 @@ class ImagesSource(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(set(self.buckets)) < len(self.buckets) or any(side < 1 for bucket in self.buckets for side in bucket):
+        _require_buckets(self.buckets, self.resolution, self.bucket_step)
+        return self
+
+
+class VideosSource(Config):
+    """Video clips with captions, as latents and text embeddings."""
+
+    kind: Literal["videos"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Folders of clips (`.mp4`, `.webm`, `.mkv`, `.mov`, `.avi`, animated `.webp` and `.gif`; captions in
+    `metadata.jsonl` or in a `.txt` beside each clip), Parquet files with their bytes, WebDataset `.tar` files, or globs
+    of them. A folder whose name ends in `.frames` is one clip; its images are the frames, in the order of their names.
+    """
+    image_key: str = "video"
+    """Column of the bytes of clips in Parquet, as such or in the field `bytes` of a struct."""
+    caption_key: str = "caption"
+    """Column, metadata key or JSON key of the caption."""
+    frames: int = Field(ge=1)
+    """Frames of a clip, taken from its beginning; a shorter clip cannot be used. An autoencoder that makes one latent
+    of every n frames but the first wants n k + 1."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frames per second at which clips are sampled, each time the frame that is shown then; null takes every frame.
+    Folders of frames have no time: all their frames are taken."""
+    resolution: int = Field(default=480, ge=8)
+    """Side of a square clip; generated buckets have about its area."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Sizes [height, width] that clips are brought to; empty generates them from `resolution` and `max_aspect`."""
+    bucket_step: int = Field(default=16, ge=1)
+    """Heights and widths of generated buckets are multiples of this."""
+    max_aspect: float = Field(default=2.0, ge=1)
+    """Largest ratio of the sides of a generated bucket; 1 has the square alone."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB colour behind transparent pixels."""
+    vae: VaeConfig | Literal["none"]
+    """The autoencoder of videos, shared by all teachers; `none` works on pixels, scaled to [-1, 1]."""
+    text_encoders: tuple[TextEncoderConfig, ...] = ()
+    """Text encoders, shared by all teachers; none for denoisers without text."""
+    negative_prompt: str = ""
+    """Text that stands for no caption: what guidance leads away from, and what replaces dropped captions."""
+    noise: NoiseConfig = NoiseConfig(prediction_type="flow")
+    """Noise and timesteps."""
+    store_dtype: Dtype = "float16"
+    """Number format in which latents and text embeddings are stored."""
+    encode_rows: int = Field(default=1, ge=1)
+    """Clips (and captions) encoded at a time. A part of the cache's identity."""
+    max_corrupt: float = Field(default=0.01, ge=0, le=1)
+    """Share of unusable clips above which the run stops; below it they are named, counted and left out. A clip is
+    unusable when it cannot be decoded, has too few frames or, where text encoders are to read its caption, has none."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Stop after this many clips (in source order)."""
+    shard_rows: int = Field(default=32, ge=1)
+    """Most rows in a shard; a shard holds one bucket."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _require_buckets(self.buckets, self.resolution, self.bucket_step)
+        return self
+
+
+class PromptsSource(Config):
+    """Prompts alone, for teachers that make samples of them and students that learn from these."""
+
+    kind: Literal["prompts"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Text files with one prompt per line, folders or globs of them. Empty lines are errors; a prompt that comes twice
+    is one prompt."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; `""` is the empty prompt. Null has none, and allows no guidance."""
+    size: tuple[int, int]
+    """Height and width of the samples in pixels."""
+    frames: int | None = Field(default=None, ge=1)
+    """Frames of the samples; null makes images. An autoencoder that makes one latent of every n frames but the first
+    wants n k + 1."""
+    vae: VaeConfig | Literal["none"]
+    """The autoencoder in whose latent space samples are made; `none` works on pixels."""
+    text_encoders: tuple[TextEncoderConfig, ...] = Field(min_length=1)
+    """Text encoders, shared by all teachers."""
+    noise: NoiseConfig = NoiseConfig(prediction_type="flow")
+    """`draws_per_row` is the number of samples per prompt and `seed` the base seed of their noise; the other keys have
+    no meaning here."""
+    store_dtype: Dtype = "float16"
+    """Number format in which text embeddings are stored."""
+    encode_rows: int = Field(default=8, ge=1)
+    """Prompts encoded at a time. A part of the cache's identity."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Stop after this many prompts (in source order)."""
+    shard_rows: int = Field(default=32, ge=1)
+    """Most rows in a shard."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if min(self.size) < 1:
+            raise ValueError(f"size: wanted a height and width of at least 1 pixel, found {list(self.size)}.")
+        if self.noise.caption_dropout:
             raise ValueError(
-                f"buckets: wanted different sizes [height, width], found {[list(b) for b in self.buckets]}."
-            )
-        if not self.buckets and self.resolution % self.bucket_step:
-            raise ValueError(
-                f"resolution: wanted a multiple of bucket_step ({self.bucket_step}) to generate buckets from, "
-                f"found {self.resolution}."
+                f"noise.caption_dropout: wanted 0, since a sample without its prompt teaches nothing, found "
+                f"{self.noise.caption_dropout:g}."
             )
         return self
 
 
-SourceConfig = Annotated[TextSource | ImagesSource, Field(discriminator="kind"), tag_defaults_to("kind", "text")]
+def _require_buckets(buckets: tuple[tuple[int, int], ...], resolution: int, step: int) -> None:
+    if len(set(buckets)) < len(buckets) or any(side < 1 for bucket in buckets for side in bucket):
+        raise ValueError(f"buckets: wanted different sizes [height, width], found {[list(b) for b in buckets]}.")
+    if not buckets and resolution % step:
+        raise ValueError(
+            f"resolution: wanted a multiple of bucket_step ({step}) to generate buckets from, found {resolution}."
+        )
+
+
+SourceConfig = Annotated[
+    TextSource | ImagesSource | VideosSource | PromptsSource,
+    Field(discriminator="kind"),
+    tag_defaults_to("kind", "text"),
+]
+Pictures: TypeAlias = ImagesSource | VideosSource
+"""Sources whose rows are pictures, still or moving."""
+LatentSource: TypeAlias = ImagesSource | VideosSource | PromptsSource
+"""Sources of denoisers."""

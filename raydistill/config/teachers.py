@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raydistill.config.base import Config, tag_defaults_to
 from raydistill.config.models import DiffusersModel, LanguageModelConfig
@@ -85,8 +86,49 @@ class NoisePredictionTeacher(Config):
     the model is then asked by the audit alone."""
 
 
+class OdeTrajectoryTeacher(Config):
+    """A denoiser that makes samples with its own sampler, of whose path some states are kept.
+
+    A sample costs K + 1 latents: the K states at `keep_t`, from the noise on, and the clean end.
+    """
+
+    signal: Literal["ode_trajectory"]
+    name: Name
+    """Name of the teacher: of its cache folder, its losses and its lines in reports."""
+    model: DiffusersModel
+    """The teacher. Its scheduler is the sampler."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of this teacher in the loss; weights are normalised over the teachers."""
+    steps: int = Field(default=50, ge=1)
+    """Steps of the sampler."""
+    guidance_scale: float | None = Field(default=None, ge=0)
+    """Sample with the guided prediction `uncond + w (cond - uncond)` with this w; null and 1 sample with the plain
+    one."""
+    keep_t: tuple[float, ...] = Field(min_length=1)
+    """Times of the states that are kept, falling, on the scale of `student.generator.t_list` (1 is noise). One time,
+    that of the noise, keeps pairs of noise and sample."""
+    off_grid: Literal["insert", "error"] = "insert"
+    """What happens to a time that is no step of the sampler: it steps there too, exactly, or the run stops."""
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
+    """Number format in which states are stored."""
+    batch_rows: int = Field(default=1, ge=1)
+    """Samples made at a time. A part of the cache's identity."""
+    previews: int = Field(default=0, ge=0)
+    """Samples of each shard that are also kept as a video, in the folder `previews` of the cache."""
+    imported: str | None = None
+    """Name of a signal cache in `cache.dir`, e.g. `<name>-0123456789abcdef`, that was imported and is used as it is;
+    the model is then asked by the audit alone."""
+
+    @field_validator("keep_t")
+    @classmethod
+    def _falling(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        if any(a <= b for a, b in pairwise(times)) or not 0 < times[-1] <= times[0] <= 1:
+            raise ValueError(f"wanted falling times above 0 and at most 1, found {list(times)}.")
+        return times
+
+
 TeacherConfig = Annotated[
-    TopKLogitsTeacher | NoisePredictionTeacher,
+    TopKLogitsTeacher | NoisePredictionTeacher | OdeTrajectoryTeacher,
     Field(discriminator="signal"),
     tag_defaults_to("signal", "top_k_logits"),
 ]
