@@ -1,0 +1,124 @@
+"""Submit a run to a Ray cluster, show its log, and end with its exit status.
+
+    python cluster/submit.py [--address URL] [--runtime-env FILE] [--id NAME] [--no-wait] -- COMMAND...
+
+    python cluster/submit.py -- python -m raydistill.run configs/lm_topk.yaml
+
+Needs `ray[default]` alone. Beyond `ray job submit` it goes on showing the log when the connection breaks, takes up a
+job of the same `--id` that is still running instead of starting another, and ends with the status of the run itself:
+0 done, 2 something in the configuration or the data, 3 a check failed, 1 anything else. Ctrl-C leaves the job running
+and says how to see and how to stop it; a run that was stopped goes on when it is submitted again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
+POLL_SECONDS = 2.0
+PATIENCE_SECONDS = 300.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
+        help="of the dashboard (default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)",
+    )
+    parser.add_argument("--runtime-env", type=Path, help="YAML file; default: the working folder and nothing else")
+    parser.add_argument("--id", help="name of the job; Ray makes one up otherwise")
+    parser.add_argument("--no-wait", action="store_true", help="print the job's name and return")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="after `--`")
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        parser.error("no command; wanted for example: -- python -m raydistill.run configs/lm_topk.yaml")
+    try:
+        client = JobSubmissionClient(options.address)
+        job = submit(client, command, runtime_env(options.runtime_env), options.id)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        print(f"{options.address}: {error}", file=sys.stderr)
+        return 2
+    if options.no_wait:
+        print(job)
+        return 0
+    try:
+        return follow(client, job)
+    except KeyboardInterrupt:
+        where = f"--address {options.address} {job}"
+        print(
+            f"\n{job} goes on. Its log: ray job logs --follow {where}; its end: ray job stop {where}", file=sys.stderr
+        )
+        return 130
+
+
+def runtime_env(file: Path | None) -> dict[str, object]:
+    """The environment of the job; the folder that is submitted is the one this script is started in."""
+    if file is None:
+        return {"working_dir": ".", "excludes": ["/runs", "/.venv", "/.git"]}
+    import yaml
+
+    return dict(yaml.safe_load(file.read_text()))
+
+
+def submit(client: JobSubmissionClient, command: list[str], environment: dict[str, object], name: str | None) -> str:
+    """The name of the job: a new one, or that of the same name which is still running."""
+    if name is not None and any(j.submission_id == name and j.status not in ENDED for j in client.list_jobs()):
+        print(f"{name} is running already; this is its log.", file=sys.stderr)
+        return name
+    if name is not None and any(j.submission_id == name for j in client.list_jobs()):
+        client.delete_job(name)  # an ended one, whose name is wanted again
+    return client.submit_job(entrypoint=shlex.join(command), runtime_env=environment, submission_id=name)
+
+
+def follow(client: JobSubmissionClient, job: str) -> int:
+    """Show the log of `job` until it ends; its exit status."""
+    log = Log()
+    silent_since = None
+    while True:
+        try:
+            asyncio.run(log.show(client, job))
+            status = client.get_job_status(job)
+            silent_since = None
+        except (ConnectionError, OSError, RuntimeError) as error:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > PATIENCE_SECONDS:
+                print(f"no answer for {PATIENCE_SECONDS:.0f} s: {error}", file=sys.stderr)
+                return 1
+            status = None
+        if status in ENDED:
+            break
+        time.sleep(POLL_SECONDS)
+    info = client.get_job_info(job)
+    if status == JobStatus.SUCCEEDED:
+        return 0
+    print(f"{job}: {status}. {info.message or ''}".rstrip(), file=sys.stderr)
+    return info.driver_exit_code if info.driver_exit_code and info.driver_exit_code > 0 else 1
+
+
+class Log:
+    """What has been printed of a log. Every stream begins at its first line, so after a break the known part is passed."""
+
+    def __init__(self) -> None:
+        self.shown = 0
+
+    async def show(self, client: JobSubmissionClient, job: str) -> None:
+        """Print the log of `job` from where the last stream broke off until this one ends."""
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            print(text[max(0, self.shown - seen) :], end="", flush=True)
+            seen += len(text)
+            self.shown = max(self.shown, seen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
