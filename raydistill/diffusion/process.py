@@ -85,6 +85,33 @@ class Process:
             return t
         return (self.num_timesteps * self.at(t, t)[1]).float()
 
+    def at_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, fp64, at times t of any shape on the scale from 0 (clean) to 1 (noise), on t's device.
+
+        A flow's t is sigma itself. With betas t is the timestep over T, where between timesteps the logarithm of
+        sigma / alpha is interpolated, as samplers with steps in between do (Karras et al. 2022, arXiv 2206.00364,
+        Alg. 1's grid in diffusers); 0 is the clean data. `ConfigError` for times outside.
+        """
+        if bool((t < 0).any()) or bool((t > 1).any()):
+            raise ConfigError(f"wanted times from 0 to 1, found {float(t.min()):g} to {float(t.max()):g}.")
+        t = t.double()
+        if self.kind == "flow":
+            return 1 - t, t
+        place = (self.num_timesteps * t).clamp(max=self.num_timesteps - 1)
+        ratio = (self.sigmas.log() - self.alphas.log()).to(t.device)
+        low = place.floor().long()
+        high = (low + 1).clamp(max=self.num_timesteps - 1)
+        share = place - low
+        # Where alpha ends at 0 its logarithm has no finite value, and none is needed unless it is asked for.
+        between = torch.where(share == 0, ratio[low], ratio[low] + share * (ratio[high] - ratio[low]))
+        alpha, sigma = torch.sigmoid(-2 * between).sqrt(), torch.sigmoid(2 * between).sqrt()
+        clean = t == 0
+        return torch.where(clean, 1.0, alpha), torch.where(clean, 0.0, sigma)
+
+    def told(self, t: Tensor) -> Tensor:
+        """What a network is told in place of times t on the scale from 0 to 1: T t, fp32, of the same shape."""
+        return (self.num_timesteps * t.double()).float()
+
     def target(self, x0: Tensor, eps: Tensor, t: Tensor, kind: PredictionType) -> Tensor:
         """What a perfect prediction of `kind` says, in fp32."""
         m0, m1 = _mix(kind, *self.at(t, x0))
@@ -98,14 +125,11 @@ class Process:
         Computed in fp64, returned in the wider dtype of `pred` and `x_t`. `ConfigError` where `source` says nothing:
         epsilon at alpha = 0, clean data at sigma = 0.
         """
-        dtype = torch.promote_types(pred.dtype, x_t.dtype)
         if source == target:
-            return pred.to(dtype)
+            return pred.to(torch.promote_types(pred.dtype, x_t.dtype))
         alpha, sigma = self.at(t, x_t)
         self._require_defined(source, _determinant(source, alpha, sigma), t)
-        (m0, m1), (n0, n1) = _mix(source, alpha, sigma), _mix(target, alpha, sigma)
-        mixed = _determinant(target, alpha, sigma) * pred.double() + (n0 * m1 - n1 * m0) * x_t.double()
-        return (mixed / _determinant(source, alpha, sigma)).to(dtype)
+        return convert_at(pred, x_t, alpha, sigma, source=source, target=target)
 
     def error_scale(self, t: Tensor, *, source: PredictionType, target: PredictionType) -> Float[Tensor, " samples"]:
         """By how much an error of kind `source` grows when it is stated for kind `target`: |D_target / D_source|, fp64.
@@ -194,6 +218,25 @@ class Process:
         schedule = facts["schedule"]
         assert isinstance(schedule, dict), "facts of a process come from to_json"
         return cls.from_scheduler({**schedule, "prediction_type": facts["prediction_type"]})
+
+
+def convert_at(
+    pred: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, *, source: PredictionType, target: PredictionType
+) -> Tensor:
+    """As `Process.convert`, at any alpha and sigma (fp64, broadcast to x_t); the quotient is not guarded."""
+    dtype = torch.promote_types(pred.dtype, x_t.dtype)
+    if source == target:
+        return pred.to(dtype)
+    (m0, m1), (n0, n1) = _mix(source, alpha, sigma), _mix(target, alpha, sigma)
+    mixed = _determinant(target, alpha, sigma) * pred.double() + (n0 * m1 - n1 * m0) * x_t.double()
+    return (mixed / _determinant(source, alpha, sigma)).to(dtype)
+
+
+def on_frames(values: Tensor, like: Tensor) -> Tensor:
+    """Values of samples [B], or of their frames [B, T], with the axes of `like`: [B, C, h, w] or [B, C, T, h, w]."""
+    if values.ndim == 1:
+        return values.view(-1, *(1,) * (like.ndim - 1))
+    return values[:, None, :, None, None]
 
 
 def _mix(kind: PredictionType, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

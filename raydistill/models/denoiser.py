@@ -19,7 +19,9 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -34,6 +36,7 @@ from raydistill.models.assemble import differences, fill_network, read_weights
 from raydistill.models.hub import hub_parts
 from raydistill.models.parts import Part, find_part, listing, load_errors_explained
 from raydistill.models.sources import resolve_source
+from raydistill.models.video_denoiser import ask_video
 from raydistill.signals import JsonValue
 
 NETWORKS: dict[str, type[ModelMixin]] = {
@@ -44,9 +47,13 @@ NETWORKS: dict[str, type[ModelMixin]] = {
         SD3Transformer2DModel,
         PixArtTransformer2DModel,
         WanTransformer3DModel,
+        CosmosTransformer3DModel,
+        CogVideoXTransformer3DModel,
     )
 }
-"""Classes that `predict` knows how to ask, by their name in config.json; Wan's about images, which are one frame."""
+"""Classes that `predict` knows how to ask, by their name in config.json."""
+VIDEO_NETWORKS = (WanTransformer3DModel, CosmosTransformer3DModel, CogVideoXTransformer3DModel)
+"""Those among them that see frames; an image is one frame to them."""
 FOLDERS = ("unet", "transformer")
 """Where a denoiser lies inside a pipeline."""
 SCHEDULER = "scheduler_config.json"
@@ -198,6 +205,7 @@ _UNDERSTOOD: dict[str, dict[str, tuple[JsonValue, ...]]] = {
     },
     "UNet2DModel": {"class_embed_type": (None,), "num_class_embeds": (None,)},
     "WanTransformer3DModel": {"image_dim": (None,)},
+    "CogVideoXTransformer3DModel": {"patch_size_t": (None,), "ofs_embed_dim": (None,)},
 }
 """Settings that ask for inputs which we do not have, and their values that do not."""
 
@@ -314,6 +322,10 @@ def shapes_of(network: nn.Module) -> Shapes:
             return Shapes(config.in_channels, config.caption_channels, 0, config.patch_size)
         case WanTransformer3DModel():
             return Shapes(config.in_channels, config.text_dim, 0, config.patch_size[1])
+        case CosmosTransformer3DModel():
+            return Shapes(config.out_channels, config.text_embed_dim, 0, config.patch_size[1])
+        case CogVideoXTransformer3DModel():
+            return Shapes(config.in_channels, config.text_embed_dim, 0, config.patch_size)
         case _:
             raise _unknown(network)
 
@@ -327,9 +339,10 @@ def shape_facts(network: nn.Module) -> dict[str, JsonValue]:
 
 
 def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """What `network` predicts of x_t [samples, channels, height, width], in its own prediction type, fp32.
+    """What `network` predicts of x_t [samples, channels, (frames,) height, width], in its own prediction type, fp32.
 
-    `t` [samples] is what the network is told: `Process.times(timesteps)`. `conditioning` holds `prompt_embeds`,
+    `t` [samples] is what the network is told: `Process.times(timesteps)` or `Process.told(times)`; Wan and Cosmos may
+    be told one for each latent frame, [samples, frames]. `conditioning` holds `prompt_embeds`,
     `pooled` and `time_ids` as far as the network wants them (others are passed over); inputs take the network's dtype.
     Learned variances are cut off. `SignalMismatch` names what is missing.
     """
@@ -373,18 +386,22 @@ def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[st
                 added_cond_kwargs=added,
                 return_dict=False,
             )[0]
-        case WanTransformer3DModel():
-            text = wanted("prompt_embeds")
-            out = network(x[:, :, None], timestep=t, encoder_hidden_states=text, return_dict=False)[0][:, :, 0]
+        case WanTransformer3DModel() | CosmosTransformer3DModel() | CogVideoXTransformer3DModel():
+            video = x if x.ndim == 5 else x[:, :, None]
+            said = ask_video(network, video, t, wanted("prompt_embeds"))
+            out = said if x.ndim == 5 else said[:, :, 0]
         case _:
             raise _unknown(network)
     return out[:, : x_t.shape[1]].float()
 
 
-def with_one_sample(network: nn.Module, *, size: tuple[int, int] | None = None, tokens: int = 1) -> Tensor:
+def with_one_sample(
+    network: nn.Module, *, size: tuple[int, int] | None = None, tokens: int = 1, frames: int | None = None
+) -> Tensor:
     """A forward pass with one sample, on the network's device; on the meta device it costs nothing.
 
-    `size` is the height and width of its latents, by default the network's usual one, `tokens` the length of its text.
+    `size` is the height and width of its latents, by default the network's usual one, `tokens` the length of its text,
+    `frames` the number of its latent frames, None for an image.
     """
     shapes = shapes_of(network)
     usual = getattr(getattr(network, "config", None), "sample_size", None) or 8 * shapes.multiple
@@ -393,7 +410,8 @@ def with_one_sample(network: nn.Module, *, size: tuple[int, int] | None = None, 
     given = {"time_ids": torch.ones(1, TIME_IDS, device=device)}
     given |= {"prompt_embeds": torch.zeros(1, tokens, shapes.text_width, device=device)} if shapes.text_width else {}
     given |= {"pooled": torch.zeros(1, shapes.pooled_width, device=device)} if shapes.pooled_width else {}
-    x_t = torch.zeros(1, shapes.latent_channels, height, width, device=device)
+    length = () if frames is None else (frames,)
+    x_t = torch.zeros(1, shapes.latent_channels, *length, height, width, device=device)
     return predict(network, x_t, torch.zeros(1, device=device), given)
 
 
