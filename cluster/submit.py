@@ -55,9 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         return follow(client, job)
     except KeyboardInterrupt:
         where = f"--address {options.address} {job}"
-        print(
-            f"\n{job} goes on. Its log: ray job logs --follow {where}; its end: ray job stop {where}", file=sys.stderr
-        )
+        print(f"\n{job} goes on. To see it: ray job logs --follow {where}", file=sys.stderr)
+        print(f"To stop it: ray job stop {where}", file=sys.stderr)
         return 130
 
 
@@ -106,7 +105,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
 
 
 class Log:
-    """What has been printed of a log. Every stream begins at its first line, so after a break the known part is passed."""
+    """What has been printed of a log. Every stream begins at the first line; what is known is passed."""
 
     def __init__(self) -> None:
         self.shown = 0

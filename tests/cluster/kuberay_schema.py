@@ -1,8 +1,8 @@
-"""What KubeRay's custom resource definitions (ray.io/v1, KubeRay 1.6) allow in a RayCluster and in a RayJob, as JSON Schema.
+"""What KubeRay's custom resource definitions (ray.io/v1, KubeRay 1.6) allow in a RayCluster and a RayJob: JSON Schema.
 
 Names, types and enumerations are those of the published definitions (helm-chart/kuberay-operator/crds and
 ray-operator/apis/ray/v1 of the KubeRay project); status fields are left out. Pod templates are Kubernetes' own and are
-checked with its own schema: `TEMPLATES` says where they stand.
+checked with its own schema.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Slurm script with a stand-in for Slurm and for Ray: what it starts where, in which order, and with what status."""
+"""The Slurm script with stand-ins for Slurm and for Ray: what it starts where, and with what status it ends."""
 
 from __future__ import annotations
 
