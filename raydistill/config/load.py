@@ -94,7 +94,7 @@ def read_draft(files: Sequence[str | FilePath], overrides: Sequence[str] = ()) -
 def read_section(file: str | FilePath, schema: type[S]) -> tuple[S, Origins]:
     """The section in a file of its own, whose dotted keys are names and not paths, and where its values stand."""
     data, lines = read_yaml(FilePath(file))
-    origins = {path: f"{file}, line {line}" for path, line in lines.items() if path}
+    origins = {path: f"{file}, line {line}" for path, line in lines.items() if path} | {(): str(file)}
     return _accepted(cast(dict[str, Node], data), schema, origins, {}), origins
 
 
@@ -355,7 +355,7 @@ def _at(path: Path, origins: Origins) -> str:
     """The dotted key, and where it or the nearest place above it was set."""
     dotted = ".".join(path) or "the configuration"
     path = split_key(dotted)  # names in a free map may have dots
-    for length in range(len(path), 0, -1):
+    for length in range(len(path), -1, -1):
         if origin := origins.get(path[:length]):
             return f"{dotted} ({origin})"
     return dotted

@@ -122,10 +122,11 @@ class _Page:
         score = self.score(self.best)
         assert score is not None, "the best trial has the metric that made it the best"
         worst = scores[-1] if self.lower else scores[0]
-        sentence = f"Of {len(done)} trials trained to the end, {self.best['id']} is the best: {values}."
+        sentence = f"Of {len(done)} trials trained to the end, trial {self.best['id']} is the best: {values}."
         second = f"Its {lowered(title_of(self.metric))} is {self.format(score)}"
-        second += f"; the worst reached {self.format(worst)}." if len(scores) > 1 else "."
-        return [sentence, second]
+        if len(scores) > 1:
+            second += f"; the next best reached {self.format(scores[1] if self.lower else scores[-2])}"
+        return [sentence, second + (f", the worst {self.format(worst)}." if len(scores) > 2 else ".")]
 
     def tiles(self) -> list[tuple[str, str, str]]:
         tiles = []

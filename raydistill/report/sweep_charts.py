@@ -285,10 +285,10 @@ def parallel_chart(
         found = [trial[0][k] for trial in trials if trial[0][k] is not None]
         axes.append(axis_of(found, bottom, top) if found else None)
     scores = axis_of([trial[1] for trial in trials], bottom, top)
-    body = []
+    body, ticks = [], []
     for place, name, axis in zip(places, [*names, metric], [*axes, scores], strict=True):
         body += [_line("axis", place, top, place, bottom), _text("mark", place, top - 12, _cut(name, 22))]
-        body += [_text("tick", place - 6, y + 4, text, "end") for y, text in (axis.ticks if axis else ())]
+        ticks += [_text("tick", place - 6, y + 4, text, "end") for y, text in (axis.ticks if axis else ())]
     for values, score, tone, title in sorted(trials, key=lambda trial: trial[2] == "student"):
         points = [
             (place, axis.at(value) if axis is not None and value is not None else bottom + 18)
@@ -297,7 +297,7 @@ def parallel_chart(
         points.append((places[-1], scores.at(score)))
         d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         body.append(f'<path class="line thread {tone}" d="{d}"><title>{escape(title)}</title></path>')
-    return _svg(body, FULL, height, label)
+    return _svg([*body, *ticks], FULL, height, label)
 
 
 def finite(value: object) -> float | None:

@@ -98,8 +98,13 @@ class _Sweep:
         return with_exports(resolve_paths(self.space.config(point, changes)))
 
     def build(self) -> None:
-        """The stages that all trials share; a value that would need other caches is refused as early as it is known."""
+        """The stages that all trials share. A value that would need other caches is refused as early as it is known, and
+        a trial for which the cluster has no room before the teachers run.
+        """
         refuse_rebuilds(self.space, self.caches, self.configured)
+        if not self.ledger.store.exists(BEGAN):
+            connect(self.run.config)
+            self.at_a_time()
         advance(self.run, ("inputs",))
         self.caches.built = "inputs"
         refuse_rebuilds(self.space, self.caches, self.configured)

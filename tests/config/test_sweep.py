@@ -199,6 +199,10 @@ def test_values_reach_through_interpolations_like_overrides(loaded: Loaded) -> N
 
 SPACES = {
     "an empty space": ("metrics: [perplexity]\nspace: {}", "wanted a map from names to maps with at least 1 element"),
+    "a file without a space": (
+        "metrics: [perplexity]",
+        "space (space.yaml): missing; wanted a map from names to maps with at least 1 element",
+    ),
     "no metric": ("metrics: []\nspace: {a: {kind: grid, values: [1]}}", "metrics (space.yaml, line 1): wanted"),
     "a key that does not exist": (
         "metrics: [perplexity]\ntrials: 2\nspace:\n  phases.0.recipe.alhpa: {kind: uniform, low: 0, high: 1}",
@@ -245,7 +249,7 @@ SPACES = {
     ),
     "no number of trials": (
         f"metrics: [perplexity]\nspace:\n  {ALPHA}: {{kind: uniform, low: 0, high: 1}}",
-        "trials: wanted the number of trials with searcher random, found null",
+        "trials (space.yaml): wanted the number of trials with searcher random, found null",
     ),
     "a grid with another number of trials": (
         f"metrics: [perplexity]\nsearcher: grid\ntrials: 3\nspace:\n  {ALPHA}: {{kind: grid, values: [0.1, 0.5]}}",
@@ -322,7 +326,7 @@ def test_check_says_how_many_trials_there_will_be(
 SHIPPED = {
     "alpha_temperature": ("configs/tiny/lm_topk.yaml", (), 20),
     "top_k": ("configs/tiny/lm_topk.yaml", (), 8),
-    "teacher_weights": ("configs/sdxl_multi_teacher.yaml", (), 21),
+    "teacher_weights": ("configs/tiny/sdxl_three_teachers.yaml", (), 21),
     "learning_rate_phases": ("configs/tiny/lm_moe_two_stage.yaml", ("evaluate.every_steps=5",), None),
     "student_size_projection": ("configs/tiny/lm_topk.yaml", (), 12),
     "population": (
@@ -344,7 +348,13 @@ def test_a_space_that_is_shipped_fits_the_run_that_its_head_names(name: str, mon
     assert (None if points is None else len(points)) == trials
     head = (ROOT / f"tune/{name}.yaml").read_text()
     assert f"--tune tune/{name}.yaml" in head
-    assert run in head or name == "teacher_weights"
+    assert run in head
+
+
+def test_the_weights_of_the_three_large_teachers_can_be_searched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    space = load_space("tune/teacher_weights.yaml", read_draft(["configs/sdxl_multi_teacher.yaml"]))
+    assert len(space.points() or []) == 21
 
 
 def test_the_configuration_stays_free_of_torch_and_numpy() -> None:

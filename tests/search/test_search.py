@@ -444,3 +444,20 @@ def test_no_more_trials_at_a_time_than_there_is_room_for(
     config = config_of(**{"resources.train": train})
     this = SimpleNamespace(run=SimpleNamespace(config=config), sweep=sweep)
     assert _Sweep.at_a_time(this) == expected  # type: ignore[arg-type]
+
+
+def test_a_trial_without_room_is_refused_before_a_teacher_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(module, "connect", lambda config: done.append("connect"))
+    monkeypatch.setattr(module, "refuse_rebuilds", lambda *parts: done.append("compare"))
+    monkeypatch.setattr(module, "advance", lambda run, stages: done.append(stages[0]))
+
+    def no_room() -> int:
+        raise ConfigError("resources.train: wanted 1 trial with 64 CPU")
+
+    run: Any = SimpleNamespace(store=Store(tmp_path), config=config_of(**{"resources.train.cpus": 64}))
+    sweep = _Sweep(space_of(tmp_path, grid_of(ALPHA, "[1]")), run, Ledger(run.store))
+    monkeypatch.setattr(sweep, "at_a_time", no_room)
+    with pytest.raises(ConfigError, match="64 CPU"):
+        sweep.build()
+    assert done == ["compare", "connect"]

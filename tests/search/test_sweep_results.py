@@ -171,7 +171,8 @@ def test_the_page_answers_a_grid_of_two_keys_with_a_table() -> None:
     text = page(GRID)
     assert text.count('<rect class="heat') == 2 * 20
     assert text.count('<rect class="heat best"') == 2
-    assert "011 is the best: alpha 0.7, temperature 1.5" in text
+    assert "trial 011 is the best: alpha 0.7, temperature 1.5. Its perplexity is 32.1;" in text
+    assert "the next best reached 33, the worst 63.4." in text
     assert "toy &lt;sweep&gt;" in text
 
 
