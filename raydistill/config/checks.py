@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, get_args
 
 from raydistill.config.base import Config
 from raydistill.config.metrics import training_metrics
-from raydistill.config.models import DiffusersModel, ProjectionInit
+from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel, TransformersModel
 from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe, SelfForcingRecipe, TrajectoryRecipe
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TopKLogitsTeacher
+from raydistill.config.world import (
+    EpisodesSource,
+    FeaturesRecipe,
+    RolloutTeacher,
+    WorldModel,
+    WorldTeacher,
+)
 
 if TYPE_CHECKING:
     from raydistill.config.schema import RunConfig
@@ -28,12 +35,14 @@ PLAYERS: dict[type[Config], tuple[str, ...]] = {
     NoisePredictionRecipe: ("student",),
     TrajectoryRecipe: ("student",),
     SelfForcingRecipe: ("student", "critic"),
+    FeaturesRecipe: ("student",),
 }
 """The networks that each recipe trains, each of which needs an optimizer."""
 SIGNALS: dict[type[Config], type[Config]] = {
     LmLogitsRecipe: TopKLogitsTeacher,
     NoisePredictionRecipe: NoisePredictionTeacher,
     TrajectoryRecipe: OdeTrajectoryTeacher,
+    FeaturesRecipe: WorldTeacher,
 }
 """The signal that each recipe reads, if it reads any."""
 RECIPES_OF: dict[type[Config], tuple[type[Config], ...]] = {
@@ -41,10 +50,16 @@ RECIPES_OF: dict[type[Config], tuple[type[Config], ...]] = {
     ImagesSource: (NoisePredictionRecipe, TrajectoryRecipe),
     VideosSource: (NoisePredictionRecipe, TrajectoryRecipe, SelfForcingRecipe),
     PromptsSource: (TrajectoryRecipe, SelfForcingRecipe),
+    EpisodesSource: (FeaturesRecipe,),
 }
 """The recipes that learn from each kind of source."""
 
 
+LIBRARIES: dict[type[Config], tuple[type[Config], ...]] = {
+    TextSource: (TransformersModel, PythonModel),
+    EpisodesSource: (WorldModel,),
+}
+"""The models that learn from each kind of source; denoisers of diffusers from all others."""
 SAME_TIME = 1e-6
 """Times that differ by no more are one time."""
 
@@ -62,7 +77,7 @@ def problems(config: RunConfig) -> list[str]:
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
         *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
         *_resources(config),
-        *_export(config),
+        *_outcome(config),
     ]
 
 
@@ -89,7 +104,7 @@ def _weights(config: RunConfig) -> Iterator[str]:
         for index, phase in enumerate(config.phases):
             signal = SIGNALS.get(type(phase.recipe))
             if signal and phase.recipe.uses_teacher and not any(isinstance(t, signal) for t in config.teachers):
-                (word,) = get_args(signal.model_fields["signal"].annotation)
+                word = " or ".join(get_args(signal.model_fields["signal"].annotation))
                 yield f"teachers: phases.{index}.recipe ({phase.recipe.kind}) learns from {word}, which no teacher has."
 
 
@@ -104,7 +119,8 @@ def _kinds(config: RunConfig) -> Iterator[str]:
     for index, teacher in enumerate(config.teachers):
         if not isinstance(teacher, signals):
             yield f"teachers.{index}.signal: source.kind {kind} does not feed {teacher.signal} teachers."
-    if isinstance(config.student.model, DiffusersModel) == isinstance(config.source, TextSource):
+    library = LIBRARIES.get(type(config.source), (DiffusersModel,))
+    if not isinstance(config.student.model, library):
         yield f"student.model.library: source.kind {kind} does not train models of {config.student.model.library}."
 
 
@@ -224,6 +240,8 @@ def _recipe(config: RunConfig, index: int) -> Iterator[str]:
     recipe, at = config.phases[index].recipe, f"phases.{index}.recipe"
     if isinstance(recipe, NoisePredictionRecipe):
         yield from _taps(config, recipe, at)
+    if isinstance(recipe, FeaturesRecipe):
+        yield from _features(config, recipe, at)
     if not isinstance(recipe, LmLogitsRecipe) or not recipe.uses_teacher:
         return
     used = [t for t in config.teachers if t.weight > 0 and isinstance(t, TopKLogitsTeacher)]
@@ -240,6 +258,26 @@ def _taps(config: RunConfig, recipe: NoisePredictionRecipe, at: str) -> Iterator
         if rule.tap not in kept.get(rule.teacher, []):
             known = "; ".join(f"{name}: {', '.join(taps) or 'none'}" for name, taps in kept.items()) or "none"
             yield f"{at}.taps.{index}: teacher {rule.teacher!r} keeps no tap {rule.tap!r}; kept are {known}."
+
+
+def _features(config: RunConfig, recipe: FeaturesRecipe, at: str) -> Iterator[str]:
+    """Taps that a recipe of world models wants and no teacher keeps, and rollouts that nobody makes."""
+    teachers = [t for t in config.teachers if isinstance(t, WorldTeacher) and t.weight > 0]
+    kinds = {name: tap.kind for teacher in teachers for name, tap in teacher.taps.items()}
+    groups = (("features", recipe.features, ("hidden",)), ("attention", recipe.attention, ("spatial", "temporal")))
+    for word, rules, wanted in groups:
+        for index, rule in enumerate(rules):
+            for name in rule.teacher:
+                if kinds.get(name) not in wanted:
+                    known = ", ".join(n for n, kind in kinds.items() if kind in wanted) or "none"
+                    yield (
+                        f"{at}.{word}.{index}.teacher: no teacher keeps a tap {name!r} of kind {' or '.join(wanted)}; "
+                        f"kept are {known}."
+                    )
+    if recipe.learn_from == "rollouts" and not any(isinstance(t, RolloutTeacher) for t in teachers):
+        yield f"{at}.learn_from: rollouts are made by teachers of signal rollout, and there is none; add one."
+    if recipe.learn_from == "episodes" and recipe.uses_teacher and all(isinstance(t, RolloutTeacher) for t in teachers):
+        yield f"{at}.learn_from: every teacher has made rollouts of its own; use learn_from: rollouts."
 
 
 def _signal(recipe: LmLogitsRecipe, teacher: TopKLogitsTeacher, at: str) -> Iterator[str]:
@@ -269,9 +307,11 @@ def _signal(recipe: LmLogitsRecipe, teacher: TopKLogitsTeacher, at: str) -> Iter
         yield f"{at}.temperature_mode: the sampled signal of {who} wants exact at T = {recipe.temperature:g}."
 
 
-def _export(config: RunConfig) -> Iterator[str]:
+def _outcome(config: RunConfig) -> Iterator[str]:
     if config.export.weights == "ema" and config.phases[-1].ema is None:
         yield "export.weights: ema needs an average, and the last phase keeps none; give it ema: {decay: …}."
+    if config.evaluate.prompts and isinstance(config.source, ImagesSource):
+        yield "evaluate.prompts: image models show what they make of held-out captions; remove the key."
 
 
 def _resources(config: RunConfig) -> Iterator[str]:

@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING
 
 from raydistill.config.sources import ImagesSource, TextSource
 from raydistill.config.teachers import TeacherConfig, TopKLogitsTeacher
+from raydistill.config.world import EpisodesSource
 
 if TYPE_CHECKING:
     from raydistill.config.schema import RunConfig
+
+
+WORLD_METRICS = ("mse_to_truth", "true_change_cosine", "change_cosine", "mse_to_teacher")
+"""Names of `evaluate.world_metrics.world_metrics`; the last two only where there are teachers."""
 
 
 def training_metrics(config: RunConfig) -> tuple[str, ...]:
@@ -19,6 +24,8 @@ def training_metrics(config: RunConfig) -> tuple[str, ...]:
             return language_metrics(config.teachers)
         case ImagesSource():
             return denoiser_metrics(config.teachers, averaged=config.cache.store == "average")
+        case EpisodesSource():
+            return WORLD_METRICS
 
 
 def language_metrics(teachers: Sequence[TeacherConfig]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from raydistill.config.base import Config
+from raydistill.config.world import WorldModel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -71,7 +72,7 @@ class DiffusersModel(Config):
     `blocks` or `projection`."""
 
 
-ModelConfig = Annotated[TransformersModel | PythonModel | DiffusersModel, Field(discriminator="library")]
+ModelConfig = Annotated[TransformersModel | PythonModel | DiffusersModel | WorldModel, Field(discriminator="library")]
 
 
 class PretrainedInit(Config):
@@ -250,7 +251,7 @@ class StudentConfig(Config):
 
     @model_validator(mode="after")
     def _overrides(self) -> Self:
-        if isinstance(self.model, PythonModel) or not self.model.overrides:
+        if isinstance(self.model, PythonModel | WorldModel) or not self.model.overrides:
             return self
         if not isinstance(self.init, RandomInit | BlocksInit | ProjectionInit):
             raise ValueError(
@@ -258,6 +259,18 @@ class StudentConfig(Config):
                 f"found {sorted(self.model.overrides)}; remove them, or use init.kind: random, layers (language "
                 "models), blocks (denoisers) or projection."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _world(self) -> Self:
+        if not isinstance(self.model, WorldModel):
+            return self
+        if not isinstance(self.init, PretrainedInit | CheckpointInit | RandomInit):
+            raise ValueError(
+                f"init.kind: a world model wants random, pretrained or checkpoint, found {self.init.kind}."
+            )
+        if isinstance(self.init, PretrainedInit) and self.model.source is None:
+            raise ValueError("init.kind: pretrained wants weights, found model.sizes without any; use random.")
         return self
 
     @model_validator(mode="after")

@@ -111,7 +111,8 @@ def _source(source: SourceConfig) -> SourceConfig:
             vae = vae.model_copy(update={"source": source_or_id(vae.source)})
         encoders = tuple(e.model_copy(update={"source": source_or_id(e.source)}) for e in encoders)
         return source.model_copy(update={"paths": paths, "vae": vae, "text_encoders": encoders})
-    assert isinstance(source, TextSource)
+    if not isinstance(source, TextSource):
+        return source.model_copy(update={"paths": paths})
     dataset = source.dataset
     return source.model_copy(
         update={
@@ -122,8 +123,8 @@ def _source(source: SourceConfig) -> SourceConfig:
     )
 
 
-def _model(model: ModelConfig) -> ModelConfig:
-    if isinstance(model, PythonModel):
+def _model(model: ModelConfig | WorldPythonModel) -> ModelConfig | WorldPythonModel:
+    if isinstance(model, PythonModel | WorldPythonModel) or model.source is None:
         return model
     update = {"source": source_or_id(model.source)}
     if isinstance(model, DiffusersModel) and model.scheduler is not None:

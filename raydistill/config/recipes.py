@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from raydistill.config.base import Config, tag_defaults_to
 from raydistill.config.models import DiffusersModel
+from raydistill.config.world import FeaturesRecipe
 
 
 class LmLogitsRecipe(Config):
@@ -189,7 +190,7 @@ class SelfForcingRecipe(Config):
 
 
 RecipeConfig = Annotated[
-    LmLogitsRecipe | NoisePredictionRecipe | TrajectoryRecipe | SelfForcingRecipe,
+    LmLogitsRecipe | NoisePredictionRecipe | TrajectoryRecipe | SelfForcingRecipe | FeaturesRecipe,
     Field(discriminator="kind"),
     tag_defaults_to("kind", "lm_logits"),
 ]

@@ -12,6 +12,7 @@ from raydistill.config.models import StudentConfig
 from raydistill.config.sources import ImagesSource, LatentSource, Pictures, SourceConfig, TextSource, VideosSource
 from raydistill.config.teachers import Name, TeacherConfig
 from raydistill.config.training import PhaseConfig
+from raydistill.config.world import EpisodesSource, WorldEvaluation
 
 STAGES = ("inputs", "signals", "verify", "init", "train", "evaluate", "checklist", "export", "report")
 """The stages of a run, in order."""
@@ -152,7 +153,8 @@ class EvaluateConfig(Config):
     baseline: bool = True
     """Also train the same student without a teacher (same order, same steps) and compare."""
     prompts: tuple[str, ...] = ()
-    """Prompts for the sample generations of the report; by default beginnings of held-out rows."""
+    """Prompts for the sample generations of the report; by default beginnings of held-out rows. Students of images
+    always show held-out captions."""
     sample_tokens: int = Field(default=48, ge=1)
     """Tokens generated per prompt."""
     benchmarks: tuple[str, ...] = ()
@@ -166,6 +168,8 @@ class EvaluateConfig(Config):
     """Measurements of image models."""
     videos: VideoEvaluation = VideoEvaluation()
     """Measurements of students of few steps."""
+    worlds: WorldEvaluation = WorldEvaluation()
+    """Measurements of world models, and what the checklist asks of them."""
 
 
 class ExportConfig(Config):
@@ -239,13 +243,19 @@ class RunConfig(Config):
     @property
     def latents(self) -> LatentSource:
         """The source of a run of denoisers."""
-        assert not isinstance(self.source, TextSource), "asked for the latents of a run on text"
+        assert not isinstance(self.source, TextSource | EpisodesSource), "asked for the latents of another run"
         return self.source
 
     @property
     def images(self) -> Pictures:
         """The source of a run on images or videos."""
         assert isinstance(self.source, ImagesSource | VideosSource), "asked for the images of a run on something else"
+        return self.source
+
+    @property
+    def episodes(self) -> EpisodesSource:
+        """The source of a run of world models."""
+        assert isinstance(self.source, EpisodesSource), "asked for the episodes of a run on something else"
         return self.source
 
     @property

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from raydistill.config.base import Config, tag_defaults_to
 from raydistill.config.models import Dtype
+from raydistill.config.world import EpisodesSource
 
 
 class HubDataset(Config):
@@ -286,7 +287,7 @@ def _require_buckets(buckets: tuple[tuple[int, int], ...], resolution: int, step
 
 
 SourceConfig = Annotated[
-    TextSource | ImagesSource | VideosSource | PromptsSource,
+    TextSource | ImagesSource | VideosSource | PromptsSource | EpisodesSource,
     Field(discriminator="kind"),
     tag_defaults_to("kind", "text"),
 ]

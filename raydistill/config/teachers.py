@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raydistill.config.base import Config, tag_defaults_to
 from raydistill.config.models import DiffusersModel, LanguageModelConfig
+from raydistill.config.world import FeaturesTeacher, RolloutTeacher
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -128,7 +129,7 @@ class OdeTrajectoryTeacher(Config):
 
 
 TeacherConfig = Annotated[
-    TopKLogitsTeacher | NoisePredictionTeacher | OdeTrajectoryTeacher,
+    TopKLogitsTeacher | NoisePredictionTeacher | OdeTrajectoryTeacher | FeaturesTeacher | RolloutTeacher,
     Field(discriminator="signal"),
     tag_defaults_to("signal", "top_k_logits"),
 ]

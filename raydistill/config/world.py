@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -11,8 +10,6 @@ from raydistill.config.base import Config
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-WORLD_TAPS = ("latents", "dynamics", "decoder")
-"""Names that the reference family's parts are usually tapped under."""
 
 
 class WorldSizes(Config):
@@ -27,7 +24,7 @@ class WorldSizes(Config):
     patch: int = Field(default=8, ge=1)
     """Pixels along each side of one token."""
     stages: int = Field(default=1, ge=1)
-    """Levels of the tokenizer's encoder and decoder: `patch` is reached in this many steps, each of which divides it."""
+    """Levels of the tokenizer's encoder and decoder: `patch` is reached in this many equal steps."""
     tokenizer_width: int = Field(default=64, ge=1)
     """Channels of the encoder; the decoder has `decoder_width`."""
     tokenizer_blocks: int = Field(default=2, ge=0)
@@ -153,9 +150,9 @@ class Tap(Config):
 
     module: str
     """Path of the module whose output is read, e.g. `dynamics.blocks.3`."""
-    kind: Literal["hidden", "attention"] = "hidden"
-    """Hidden states [..., width], or attention maps [..., heads, queries, keys] whose rows sum to 1 (heads are averaged
-    before they are kept)."""
+    kind: Literal["hidden", "spatial", "temporal"] = "hidden"
+    """Hidden states [..., width], or attention maps [..., heads, queries, keys] whose rows sum to 1, within frames
+    (`spatial`) or over frames (`temporal`); their heads are averaged."""
 
 
 def _taps(value: object) -> object:
@@ -181,9 +178,10 @@ class WorldPythonModel(Config):
 WorldTeacherModel = Annotated[WorldModel | WorldPythonModel, Field(discriminator="library")]
 
 
-class _WorldTeacher(Config):
+class WorldTeacher(Config):
     """What teachers of both signals have."""
 
+    signal: Literal["features", "rollout"]
     name: Name
     """Name of the teacher: of its cache folder, its losses and its lines in reports."""
     model: WorldTeacherModel
@@ -209,13 +207,13 @@ class _WorldTeacher(Config):
     _plain_taps = field_validator("taps", mode="before")(_taps)
 
 
-class FeaturesTeacher(_WorldTeacher):
+class FeaturesTeacher(WorldTeacher):
     """A world model asked about the clips of the source: predicted frames, code logits, latent codes, taps."""
 
     signal: Literal["features"]
 
 
-class RolloutTeacher(_WorldTeacher):
+class RolloutTeacher(WorldTeacher):
     """A world model that plays on by itself: clips of its own, with everything that `features` keeps of them."""
 
     signal: Literal["rollout"]
@@ -251,7 +249,7 @@ class AttentionRule(Config):
     student: str
     """Path of the student's attention module."""
     teacher: tuple[str, ...] = Field(min_length=1)
-    """Names of the teacher's taps of kind `attention`: maps within frames (spatial) or over frames (temporal)."""
+    """Names of the teacher's taps of kind `spatial` or `temporal`, all of one."""
     weight: float = Field(default=1.0, gt=0)
     """Factor on the squared difference of normalised maps, averaged over the taps."""
 
@@ -287,8 +285,8 @@ class FeaturesRecipe(Config):
     """Remedy of mode collapse: weight of a penalty on predictions that are alike where the teacher's (or the true
     frames) are not."""
     action: float = Field(default=0.0, ge=0)
-    """Remedy of poor action conditioning: weight of the cross-entropy of the actions, read off the predicted change by a
-    small probe that is trained beside the student."""
+    """Remedy of poor action conditioning: weight of the cross-entropy of the actions, read off the predicted change by
+    a small probe that is trained beside the student."""
     smoothness: float = Field(default=0.0, ge=0)
     """Remedy of flicker: weight of the squared difference between the predicted and the true change from frame to
     frame."""
@@ -297,6 +295,11 @@ class FeaturesRecipe(Config):
     def uses_teacher(self) -> bool:
         """Whether the recipe reads a teacher's signal."""
         return self.alpha > 0
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return True
 
     def without_teacher(self) -> Self:
         """The same recipe learning from the data alone: what the distilled student is compared with.
@@ -347,8 +350,3 @@ class WorldEvaluation(Config):
     """Checklist: frames per second on a consumer GPU; not measured without one."""
     max_vram_gb: float = 8.0
     """Checklist: most memory of the device at batch 1."""
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression that the configuration has checked."""
-    return re.compile(pattern)

@@ -96,7 +96,7 @@ def codebook_usage(assignment: Float[Tensor, "b t n k"]) -> Float[Tensor, ""]:
 def change_cosine(
     frames: Float[Tensor, "b s ..."], target: Float[Tensor, "b s ..."], last: Float[Tensor, "b ..."]
 ) -> Float[Tensor, "b s"]:
-    """Cosine of the predicted change from the last frame that was seen with the target's change; 0 where either is none.
+    """Cosine of the predicted change from the last frame that was seen with the target's; 0 where either is none.
 
     Copying that frame scores 0, whatever happens.
     """

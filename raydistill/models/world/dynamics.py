@@ -116,7 +116,7 @@ class Temporal(Attention):
 
 
 def rotated(x: Float[Tensor, "... frames d"], at: Int[Tensor, " frames"]) -> Float[Tensor, "... frames d"]:
-    """Pairs of numbers turned by angles in proportion to the time; a last odd number stays. Source: arXiv 2104.09864."""
+    """Pairs of numbers turned by angles in proportion to the time; a last odd number stays. arXiv 2104.09864."""
     half = x.shape[-1] // 2
     angles = at[:, None].float() * ROTARY_BASE ** (-torch.arange(half, device=x.device).float() / max(half, 1))
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

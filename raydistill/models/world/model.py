@@ -15,8 +15,8 @@ from raydistill.models.world.tokenizer import Codebook, Decoder, Encoder, neares
 class WorldNetwork(nn.Module):
     """Predicts the next frame of a game from frames and actions. Parts: `encoder`, `codebook`, `dynamics`, `decoder`.
 
-    A frame is predicted as a mixture of codebook entries, by the probabilities of the codes, that the decoder turns into
-    pixels; so errors of pixels reach the dynamics. In play the most probable code of each token is what is gone on with.
+    A frame is predicted as a mixture of codebook entries, by the probabilities of the codes, which the decoder turns
+    into pixels; so errors of pixels reach the dynamics. In play the most probable code of each token goes on.
     """
 
     def __init__(self, sizes: WorldSizes):

@@ -7,6 +7,8 @@ through gradient); Yu et al. 2022, arXiv 2110.04627, Sec. 3.2 (unit vectors of f
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -39,9 +41,7 @@ class Encoder(nn.Module):
         super().__init__()
         step, width = round(sizes.patch ** (1 / sizes.stages)), sizes.tokenizer_width
         channels = [sizes.channels, *[width] * sizes.stages]
-        self.down = nn.ModuleList(
-            nn.Conv2d(a, b, step, stride=step) for a, b in zip(channels, channels[1:], strict=False)
-        )
+        self.down = nn.ModuleList(nn.Conv2d(a, b, step, stride=step) for a, b in pairwise(channels))
         self.blocks = nn.Sequential(*(Residual(width) for _ in range(sizes.tokenizer_blocks)))
         self.out = nn.Linear(width, sizes.code_width)
         self.latents = nn.Identity()  # a name by which latents are tapped
@@ -79,9 +79,7 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*(Residual(width) for _ in range(sizes.tokenizer_blocks)))
         self.hidden = nn.Identity()  # a name by which the decoder's hidden states are tapped
         channels = [*[width] * sizes.stages, sizes.channels]
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, step, stride=step) for a, b in zip(channels, channels[1:], strict=False)
-        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, step, stride=step) for a, b in pairwise(channels))
 
     def forward(self, vectors: Float[Tensor, "b t n d"]) -> Float[Tensor, "b t c h w"]:
         x = self.inner(vectors).flatten(0, 1).mT.unflatten(-1, self.grid)
