@@ -14,7 +14,7 @@ from functools import cached_property, partial
 
 from pydantic import JsonValue, RootModel
 
-from raydistill.cache.average import AVERAGE, average_content
+from raydistill.cache.average import average_content
 from raydistill.cache.build import build_average, build_inputs, build_signal
 from raydistill.cache.calibration import calibration_rows
 from raydistill.cache.content import inputs_content, signal_content
@@ -37,6 +37,7 @@ from raydistill.models.agreement import check_vocabularies
 from raydistill.models.denoiser_agreement import check_denoisers
 from raydistill.models.student import publish_student
 from raydistill.report import write_report
+from raydistill.signals import AVERAGE
 from raydistill.sources.buckets import buckets_of
 from raydistill.storage import Store
 from raydistill.train.launch import PhaseJob, train_phase

@@ -16,6 +16,8 @@ from raydistill.errors import SignalMismatch
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 Batch: TypeAlias = Mapping[str, Tensor]
 """Tensors by name; the leading axis counts samples."""
+AVERAGE = "average"
+"""Name of the signal, and of the teacher that reads it, which stands for all others: their weighted mean."""
 
 
 @dataclass(frozen=True, slots=True)

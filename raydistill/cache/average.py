@@ -18,11 +18,9 @@ from raydistill.cache.manifest import FieldRecord, Manifest
 from raydistill.cache.shards import field_records, publish_record
 from raydistill.diffusion.process import Process
 from raydistill.errors import CacheMismatch, SignalMismatch
-from raydistill.signals import Field, JsonValue
+from raydistill.signals import AVERAGE, Field, JsonValue
 from raydistill.storage import Store
 
-AVERAGE = "average"
-"""Name of the cache folder, and of the teacher that stands for all."""
 AVERAGE_VERSION = 1
 """Raised when the same signals would give other numbers."""
 SAME_FACTS = ("prediction_type", "noise")

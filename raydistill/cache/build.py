@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from raydistill.cache.average import (
-    AVERAGE,
     AverageWorker,
     Signals,
     average_content,
@@ -33,7 +32,7 @@ from raydistill.cache.top_k_signal import INPUT_FACTS, TopKWorker
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, NoiseConfig, TextSource
 from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig, TopKLogitsTeacher
-from raydistill.signals import JsonValue
+from raydistill.signals import AVERAGE, JsonValue
 from raydistill.storage import Store
 from raydistill.teachers import build_teacher
 
@@ -57,7 +56,7 @@ def build_inputs(
     if finished := ledger.finished:
         return ledger.store, finished
     connect()
-    require_cluster("resources.decode", 1, config.resources.decode.cpus)
+    require_cluster("resources.decode", 1, config.resources.decode.cpus, file=config.resources.cluster)
     ledger.begin()
     match config.source:
         case TextSource():
@@ -87,7 +86,10 @@ def build_signal(
         return store, finished
     connect()
     wanted = config.resources.teacher
-    require_cluster("resources.teacher", wanted.actors[0], wanted.cpus, wanted.gpus, wanted.accelerator)
+    require_cluster(
+        "resources.teacher", wanted.actors[0], wanted.cpus, wanted.gpus, wanted.accelerator,
+        file=config.resources.cluster,
+    )  # fmt: skip
     make: Callable[[SignalJob, Any], Worker]
     noise: NoiseConfig | None
     repeated: tuple[str, ...]
@@ -162,7 +164,7 @@ def build_average(
         return ledger.store, finished
     facts = average_facts(used, ledger.content)
     connect()
-    require_cluster("resources.decode", 1, config.resources.decode.cpus)
+    require_cluster("resources.decode", 1, config.resources.decode.cpus, file=config.resources.cluster)
     old = ledger.manifest
     ledger.begin()
     names = [record.name for record in inputs_manifest.shards]

@@ -3,7 +3,7 @@
 * `quality_metric`, `lower_is_better`: the metric that ranks the models (`perplexity` of a language model, an error of a
   denoiser, …) and its direction;
 * `teacher_quality`, `student_init_quality`, `student_ce_quality`, `student_quality`: its values for the teacher and for
-  the student before training, trained without a teacher, and distilled;
+  the student before training, trained without a teacher, and distilled (its moving average where that is exported);
 * `gap_closed`: the share of the way from the untrained student to the teacher that the distilled student has gone
   (0 none, 1 all, more: better than the teacher); `baseline_gap_closed`: the same for training without a teacher;
 * `better_than_init`, `better_than_baseline`: whether the distilled student wins;
@@ -41,8 +41,12 @@ class Quality:
 LANGUAGE = Quality("perplexity", lower_is_better=True, logarithmic=True)
 
 
-def compare(lines: Mapping[str, Line], quality: Quality) -> dict[str, JsonValue]:
-    """The `comparison` of the models in `lines` (keys of `ROLES`; any may be missing)."""
+def compare(lines: Mapping[str, Line], quality: Quality, *, exported: str = "student") -> dict[str, JsonValue]:
+    """The `comparison` of the models in `lines` (keys of `ROLES`; any may be missing).
+
+    The role `exported` stands for the student: `student_ema` where the run leaves the moving average to others.
+    """
+    lines = {**lines, "student": lines[exported]} if exported in lines else lines
     values = {role: _number(lines.get(role, {}), quality.metric) for role in ROLES}
     student = values["student"]
     return {

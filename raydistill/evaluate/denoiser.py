@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raydistill.cache.average import AVERAGE
 from raydistill.cache.dense_read import DenseDataset
 from raydistill.cache.read import open_manifest
 from raydistill.config.schema import RunConfig
@@ -29,7 +28,7 @@ from raydistill.errors import DataError
 from raydistill.evaluate.comparison import Quality
 from raydistill.models.denoiser import predict
 from raydistill.recipes.base import TeacherView
-from raydistill.signals import Batch, JsonValue
+from raydistill.signals import AVERAGE, Batch, JsonValue
 from raydistill.storage import Store
 
 TAUGHT = Quality("mse_to_teacher")

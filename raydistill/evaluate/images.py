@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from raydistill.cache.average import AVERAGE
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.read import open_manifest
 from raydistill.config.schema import RunConfig
@@ -29,12 +28,12 @@ from raydistill.evaluate.denoiser import (
 )
 from raydistill.evaluate.features import extractor_file
 from raydistill.evaluate.gallery import open_gallery
-from raydistill.evaluate.job import EvaluateJob, Evaluation, device, student_in
+from raydistill.evaluate.job import EvaluateJob, Evaluation, device, exported_role, student_in
 from raydistill.evaluate.language import model_size
 from raydistill.evaluate.speed import peak_bytes, samples_per_second
 from raydistill.models.denoiser import load_denoiser, predict, process_of
 from raydistill.models.sources import resolve_source
-from raydistill.signals import JsonValue
+from raydistill.signals import AVERAGE, JsonValue
 from raydistill.storage import Store
 
 SPEED_BATCHES = 8
@@ -161,7 +160,7 @@ def _arranged(
     if len(config.teachers) > 1:
         metrics["teachers"] = {t.name: lines[f"teacher/{t.name}"] for t in config.teachers}
     quality = TAUGHT if "mse_to_teacher" in roles["student"] else ALONE
-    metrics["comparison"] = compare(roles, quality)
+    metrics["comparison"] = compare(roles, quality, exported=exported_role(config))
     metrics["cache"] = _cache_sizes(stats)
     return metrics
 

@@ -19,6 +19,11 @@ STUDENTS = ("student_init", "student_ce", "student", "student_ema")
 moving average of the distilled one's weights over the last phase."""
 
 
+def exported_role(config: RunConfig) -> str:
+    """The student that the run leaves for others."""
+    return "student_ema" if config.export.weights == "ema" else "student"
+
+
 @dataclass(frozen=True)
 class EvaluateJob:
     """What there is to measure. Holds only text, so that it can be sent to another machine."""

@@ -14,7 +14,7 @@ from raydistill.config.teachers import TopKLogitsTeacher
 from raydistill.evaluate.cached import cache_stats, capture_speed, teacher_line
 from raydistill.evaluate.comparison import LANGUAGE, compare
 from raydistill.evaluate.harness import require_harness, run_harness
-from raydistill.evaluate.job import EvaluateJob, Evaluation, device, student_in
+from raydistill.evaluate.job import EvaluateJob, Evaluation, device, exported_role, student_in
 from raydistill.evaluate.language import HeldOut, evaluate_language, measure_speed, model_size, open_held_out
 from raydistill.evaluate.multiple_choice import Question, benchmark_name, read_questions, score_benchmark
 from raydistill.evaluate.samples import Samples, choose_prompts
@@ -51,7 +51,7 @@ def evaluate_text(job: EvaluateJob) -> Evaluation:
     metrics: dict[str, JsonValue] = dict(lines)
     if len(rows.teachers) > 1:
         metrics["teachers"] = {t.name: dict(teacher_line(rows, t.name)) for t in rows.teachers}
-    metrics["comparison"] = compare(lines, LANGUAGE)
+    metrics["comparison"] = compare(lines, LANGUAGE, exported=exported_role(config))
     metrics["held_out"] = {
         "rows": rows.dataset.num_rows,
         "tokens": int(rows.dataset.num_tokens.sum()),

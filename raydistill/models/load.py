@@ -10,17 +10,14 @@ import hashlib
 import importlib
 import inspect
 import json
-import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -38,6 +35,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.models.gguf import gguf_base, gguf_folder
 from raydistill.models.hashes import file_hashes, file_sha256, home
 from raydistill.models.hub import hub_folder
+from raydistill.models.parts import listing, load_errors_explained
 from raydistill.models.sources import resolve_source
 from raydistill.signals import JsonValue
 
@@ -78,9 +76,9 @@ def load_language_model(model: LanguageModelConfig, *, dtype: torch.dtype | None
         )
     folder = _folder(model, wanted)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
-        raise DataError(f"{model.source}: wanted weights (*.safetensors), found {_listing(folder)}")
+        raise DataError(f"{model.source}: wanted weights (*.safetensors), found {listing(folder)} in {folder}")
     load = cast("Callable[..., tuple[PreTrainedModel, dict[str, set[str]]]]", AutoModelForCausalLM.from_pretrained)
-    with _explained(model.source):
+    with load_errors_explained(model.source):
         _require_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True), model)
         loaded, info = load(
             folder, dtype=wanted, attn_implementation=model.attention, trust_remote_code=False, weights_only=True,
@@ -103,7 +101,7 @@ def language_config(model: LanguageModelConfig) -> PreTrainedConfig:
     if isinstance(model, PythonModel):
         return empty_language_model(model).config
     folder = _folder(model, None)
-    with _explained(model.source):
+    with load_errors_explained(model.source):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _require_attention(config, model)
         return _overridden(config, model.overrides, model.source)
@@ -115,7 +113,7 @@ def empty_language_model(model: LanguageModelConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return _build(model)
     config = language_config(model)
-    with _explained(model.source), torch.device("meta"):
+    with load_errors_explained(model.source), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, model.dtype), attn_implementation=model.attention, trust_remote_code=False
         )
@@ -131,8 +129,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     else:
         folder = place
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise DataError(f"{source}: wanted a tokenizer (tokenizer.json), found {_listing(folder)}")
-    with _explained(source):
+        raise DataError(f"{source}: wanted a tokenizer (tokenizer.json), found {listing(folder)} in {folder}")
+    with load_errors_explained(source):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -200,7 +198,7 @@ def weights_folder(model: TransformersModel) -> Path:
     """The folder of the weights of a model, in safetensors; a GGUF file is converted once, into `model.dtype`."""
     folder = _folder(model, getattr(torch, model.dtype))
     if not any(folder.glob("*.safetensors")):
-        raise DataError(f"{model.source}: wanted weights in safetensors, found {_listing(folder)}")
+        raise DataError(f"{model.source}: wanted weights in safetensors, found {listing(folder)} in {folder}")
     return folder
 
 
@@ -215,7 +213,7 @@ def _folder(model: TransformersModel, weights: torch.dtype | None) -> Path:
     else:
         folder = place
     if not (folder / "config.json").exists():
-        raise DataError(f"{model.source}: wanted a model (config.json, weights), found {_listing(folder)}")
+        raise DataError(f"{model.source}: wanted a model (config.json, weights), found {listing(folder)} in {folder}")
     return folder
 
 
@@ -223,13 +221,6 @@ def _gguf(source: str, path: Path) -> Path:
     if path.suffix != ".gguf":
         raise DataError(f"{source}: wanted a folder or a .gguf file, found the file {path.name}")
     return path
-
-
-def _listing(folder: Path) -> str:
-    """What a folder holds, for messages."""
-    names = sorted(entry.name for entry in folder.iterdir())
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"only {', '.join(names[:8])}{more} in {folder}" if names else f"nothing in {folder}"
 
 
 def _require_attention(config: PreTrainedConfig, model: TransformersModel) -> None:
@@ -282,20 +273,3 @@ def _build(model: PythonModel) -> PreTrainedModel:
     if not isinstance(built, PreTrainedModel):
         raise ConfigError(f"{model.source}: wanted a model of transformers, found {type(built).__name__}")
     return built
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn what transformers says about unreadable files into one `DataError`."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{source} cannot be loaded: its .bin file holds more than tensors, and nothing else is ever unpickled. "
-            "Use weights in safetensors."
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise DataError(f"{source} cannot be loaded: {lines[0]}") from error

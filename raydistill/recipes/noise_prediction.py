@@ -23,10 +23,8 @@ from raydistill.models.denoiser import predict, with_one_sample
 from raydistill.models.denoiser_agreement import require_convertible
 from raydistill.models.taps import Taps, adapter, feature_shapes
 from raydistill.recipes.base import Loss, Part, Recipe, TeacherView
-from raydistill.signals import Batch, Draws, JsonValue
+from raydistill.signals import AVERAGE, Batch, Draws, JsonValue
 
-AVERAGE = "average"
-"""Name of the teacher that stands for all others: their weighted mean."""
 CONDITIONS = ("prompt_embeds", "pooled", "time_ids")
 """What a denoiser is told beside x_t and the timestep; the text is absent without text encoders."""
 EMPTY = {"prompt_embeds": "empty_embeds", "pooled": "empty_pooled"}

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from raydistill.cache.average import AVERAGE, average_content
+from raydistill.cache.average import average_content
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.manifest import fingerprint_of
 from raydistill.config.schema import RunConfig
@@ -19,6 +19,7 @@ from raydistill.config.spaces import Point, probes, settings
 from raydistill.config.tune import Space
 from raydistill.errors import ConfigError
 from raydistill.pipeline import Run, advance
+from raydistill.signals import AVERAGE
 
 Configured = Callable[[Point], RunConfig]
 """The configuration of a trial at a point."""

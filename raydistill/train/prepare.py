@@ -25,8 +25,7 @@ from raydistill.models.assemble import own_state
 from raydistill.models.student import load_student
 from raydistill.recipes import make_recipe
 from raydistill.recipes.base import Recipe, TeacherView
-from raydistill.recipes.noise_prediction import AVERAGE
-from raydistill.signals import Draws
+from raydistill.signals import AVERAGE, Draws
 from raydistill.storage import Store, local_folder
 from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.ema import Ema

@@ -25,6 +25,12 @@ def test_the_gap_of_perplexities_is_measured_in_nats() -> None:
     assert found["better_than_baseline"] is True
 
 
+def test_the_average_stands_for_the_student_where_it_is_what_is_exported() -> None:
+    lines = {**LINES, "student_ema": {**LINES["student"], "perplexity": 10.0}}
+    assert compare(lines, LANGUAGE)["gap_closed"] == pytest.approx(0.75)
+    assert compare(lines, LANGUAGE, exported="student_ema")["gap_closed"] == pytest.approx(1.0)
+
+
 def test_an_error_of_an_image_model_has_the_same_keys_and_a_linear_gap() -> None:
     lines = {"teacher": {"mse": 1.0}, "student_init": {"mse": 5.0}, "student": {"mse": 2.0}}
     found = compare(lines, Quality("mse"))
