@@ -21,6 +21,7 @@ from raydistill.config.models import (
 )
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, SourceConfig, TextSource, VaeConfig
+from raydistill.config.world import WorldPythonModel
 from raydistill.errors import ConfigError
 
 
@@ -58,11 +59,18 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             "source": _source(config.source),
             "teachers": tuple(t.model_copy(update={"model": _model(t.model)}) for t in config.teachers),
             "student": _student(config.student),
+            "resources": config.resources.model_copy(update={"cluster": _cluster(config.resources.cluster)}),
             "evaluate": config.evaluate.model_copy(
                 update={"benchmarks": tuple(read(path) for path in config.evaluate.benchmarks)}
             ),
         }
     )
+
+
+def _cluster(file: str | None) -> str | None:
+    """The file of the cluster: the one configured, else the one that the cluster itself names to its jobs."""
+    file = file or os.environ.get("RAYDISTILL_CLUSTER") or None
+    return read(file) if file else None
 
 
 def written(path: str) -> str:

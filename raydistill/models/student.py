@@ -30,6 +30,7 @@ from raydistill.config.models import (
     StudentConfig,
     TransformersModel,
 )
+from raydistill.config.world import WorldModel
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.assemble import differences, fill, own_state, read_weights, require_plain_numbers, skeleton
 from raydistill.models.denoiser_student import (
@@ -45,6 +46,8 @@ from raydistill.models.projection.language_student import project_language
 from raydistill.models.projection.measure import Rows
 from raydistill.models.projection.report import REPORT, ProjectionReport, table
 from raydistill.models.shared_core import materialise, ranks_of, share_core, with_empty_cores
+from raydistill.models.world.files import build_world, load_world_folder, save_world
+from raydistill.models.world.model import WorldNetwork
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -55,8 +58,8 @@ INCIDENTAL = ("transformers_version", "architectures", "dtype", "_name_or_path")
 """Keys of a configuration that say who wrote it, not what it describes."""
 
 
-Student: TypeAlias = PreTrainedModel | ModelMixin
-"""A language model of transformers, or a denoiser of diffusers with `.process`."""
+Student: TypeAlias = PreTrainedModel | ModelMixin | WorldNetwork
+"""A language model of transformers, a denoiser of diffusers with `.process`, or a world model."""
 
 
 def build_student(student: StudentConfig, *, seed: int, rows: Rows | None = None) -> Student:
@@ -71,6 +74,8 @@ def build_student(student: StudentConfig, *, seed: int, rows: Rows | None = None
     source, init = student.model, student.init
     if isinstance(source, DiffusersModel):
         return build_denoiser(student, seed=seed, rows=rows)
+    if isinstance(source, WorldModel):
+        return build_world(student, seed=seed)
     match init:
         case RandomInit():
             return _random(source, seed)
@@ -117,9 +122,9 @@ def _from_checkpoint(source: LanguageModelConfig, path: str) -> PreTrainedModel:
     config = language_config(source)
     if (resolved / "student.json").exists():
         model = load_student(resolved)
-        if isinstance(model, ModelMixin):
+        if not isinstance(model, PreTrainedModel):
             raise ConfigError(
-                f"student.init.path: wanted weights for {source.source}, found a denoiser in {resolved}. "
+                f"student.init.path: wanted weights for {source.source}, found another kind of model in {resolved}. "
                 "Point at the weights of a language model."
             )
         changed = changed_keys(config, model.config)
@@ -186,6 +191,8 @@ def save_student(model: Student, folder: Path) -> None:
     """
     if isinstance(model, ModelMixin):
         return save_denoiser(model, folder)
+    if isinstance(model, WorldNetwork):
+        return save_world(model, folder)
     config = _clean_config(model)
     _require_described(model, config)
     store = Store(folder)
@@ -222,6 +229,8 @@ def load_student(folder: Path, *, weights: Path | None = None, dtype: torch.dtyp
         )
     if about["kind"] == "denoiser":
         return load_denoiser_student(folder, weights=weights, dtype=dtype)
+    if about["kind"] == "world":
+        return load_world_folder(folder, weights=weights, dtype=dtype)
     model = skeleton(AutoConfig.from_pretrained(folder), attention=about["attention"])
     if about["ranks"] is not None:
         model = with_empty_cores(model, about["ranks"])
@@ -240,6 +249,8 @@ def export_student(model: Student, folder: Path, *, dtype: torch.dtype) -> None:
     """
     if isinstance(model, ModelMixin):
         return export_denoiser(model, folder, dtype=dtype)
+    if isinstance(model, WorldNetwork):
+        return save_world(model, folder, dtype=dtype)
     config = _clean_config(model)
     _require_described(model, config)
     plain = fill(skeleton(config), own_state(model), where="the student", dtype=dtype) if ranks_of(model) is None else (

@@ -153,7 +153,7 @@ def test_a_key_in_the_wrong_place_is_told_the_right_one(toy: Path) -> None:
         ("phases.0.optimizer.student.lr=-1", "a number > 0", "-1"),
         ("phases.0.precision=bf15", "one of bf16, fp32", "'bf15'; nearest: bf16"),
         ("student=3", "a map", "3"),
-        ("student.model.library=torch", "one of transformers, python, diffusers", "'torch'"),
+        ("student.model.library=torch", "one of transformers, python, diffusers, world", "'torch'"),
         ("resources.train.workers=x", "a whole number or a list [a whole number, a whole number]", "'x'"),
         ("plan.accelerator=H1000", "one of A100, B200, H100, H200, L4, L40S", "'H1000'; nearest: H100"),
     ],
