@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan, AutoencoderTiny
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,10 +26,16 @@ from raydistill.signals import JsonValue
 
 CLASSES: dict[str, type[Any]] = {
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLWan": AutoencoderKLWan,
+    "AutoencoderKLCogVideoX": AutoencoderKLCogVideoX,
     "AutoencoderTiny": AutoencoderTiny,
     "AutoencoderDC": AutoencoderDC,
 }
-"""The autoencoders of images that are known to encode and to decode, by `_class_name` of their config.json."""
+"""The autoencoders that are known to encode and to decode, by `_class_name` of their config.json."""
+VIDEO = (AutoencoderKLWan, AutoencoderKLCogVideoX)
+"""Those of videos (Wan's is that of Cosmos-Predict2 too); to them an image is a video of one frame."""
+DISTRIBUTIONS = (AutoencoderKL, *VIDEO)
+"""Those that give a distribution of latents."""
 INSIDE_CHECKPOINT = "first_stage_model."
 """How the names of an autoencoder begin in one file of a whole Stable Diffusion checkpoint."""
 
@@ -44,10 +50,21 @@ class SpaceFacts:
     """Pixels per latent along one side."""
     scaling: Literal["pixels"] | dict[str, JsonValue]
     """`scaling_factor`, and `shift_factor` or `latents_mean` and `latents_std` where there are any."""
+    frame_factor: int = 1
+    """One latent is made of this many frames, but the first latent of one frame."""
 
     def to_json(self) -> dict[str, JsonValue]:
         """As it stands in the facts of a cache."""
-        return {"latent_channels": self.channels, "vae_factor": self.factor, "scaling": self.scaling}
+        facts: dict[str, JsonValue] = {
+            "latent_channels": self.channels, "vae_factor": self.factor, "scaling": self.scaling
+        }  # fmt: skip
+        return facts if self.frame_factor == 1 else {**facts, "vae_frame_factor": self.frame_factor}
+
+    def latent_shape(self, size: tuple[int, int], frames: int | None) -> tuple[int, ...]:
+        """Shape of the latents of pictures of a height and width: (channels, height, width), of clips with their frames
+        after the channels."""
+        length = () if frames is None else ((frames - 1) // self.frame_factor + 1,)
+        return (self.channels, *length, size[0] // self.factor, size[1] // self.factor)
 
 
 class Space(Protocol):
@@ -56,14 +73,15 @@ class Space(Protocol):
     facts: SpaceFacts
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """fp32 latents [n, channels, height / factor, width / factor] on the CPU.
+        """fp32 latents [n, channels, height / factor, width / factor] on the CPU; of clips [n, 3, frames, height,
+        width] latents [n, channels, latent frames, height / factor, width / factor].
 
         Without `noise` the mode of the distribution, else mean + std · noise.
         """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """fp32 pixels [n, 3, height, width] on the CPU, not clamped."""
+        """fp32 pixels [n, 3, (frames,) height, width] on the CPU, not clamped."""
         ...
 
 
@@ -94,24 +112,32 @@ class LatentSpace:
         with torch.no_grad():
             given = pixels.to(self._like)
             encode = cast(Any, self.network).encode
-            if isinstance(self.network, AutoencoderKL):
-                found = encode(given).latent_dist
-                mean, std = found.mean.float().cpu(), found.std.float().cpu()
+            if isinstance(self.network, DISTRIBUTIONS):
+                found = encode(self._framed(given)).latent_dist
+                mean, std = (self._unframed(value, pixels).float().cpu() for value in (found.mean, found.std))
                 raw: Tensor = mean if noise is None else mean + std * noise
             elif noise is not None:
                 raise _no_distribution(type(self.network).__name__)
             else:
                 out = encode(given)
                 raw = (out.latents if isinstance(self.network, AutoencoderTiny) else out.latent).float().cpu()
-        shift, scale = _affine(_config(self.network))
+        shift, scale = _affine(_config(self.network), raw.ndim)
         return (raw - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Space`."""
-        shift, scale = _affine(_config(self.network))
+        shift, scale = _affine(_config(self.network), latents.ndim)
         with torch.no_grad():
             raw = latents.float().cpu() / scale + shift
-            return cast(Any, self.network).decode(raw.to(self._like)).sample.float().cpu()
+            found: Tensor = cast(Any, self.network).decode(self._framed(raw.to(self._like))).sample
+            return self._unframed(found, latents).float().cpu()
+
+    def _framed(self, given: Tensor) -> Tensor:
+        """Images as videos of one frame, where the autoencoder wants videos."""
+        return given[:, :, None] if isinstance(self.network, VIDEO) and given.ndim == 4 else given
+
+    def _unframed(self, found: Tensor, given: Tensor) -> Tensor:
+        return found[:, :, 0] if isinstance(self.network, VIDEO) and given.ndim == 4 else found
 
 
 def load_space(vae: VaeConfig | Literal["none"], device: str = "cpu") -> Space:
@@ -142,12 +168,18 @@ def load_space(vae: VaeConfig | Literal["none"], device: str = "cpu") -> Space:
     return LatentSpace(nn.Module.to(network, device, dtype))
 
 
-def space_facts(vae: VaeConfig | Literal["none"]) -> SpaceFacts:
-    """What can be known of a space from its config.json alone; raises as `load_space`."""
+def space_facts(vae: VaeConfig | Literal["none"], *, clips: bool = False) -> SpaceFacts:
+    """What can be known of a space from its config.json alone; raises as `load_space`, and `ConfigError` when `clips`
+    are to be encoded by an autoencoder of images."""
     if vae == "none":
         return PixelSpace.facts
     empty = _empty(vae, _part(vae, weights=False))
-    if vae.latents == "sample" and not isinstance(empty, AutoencoderKL):
+    if clips and not isinstance(empty, VIDEO):
+        raise ConfigError(
+            f"source.vae: wanted an autoencoder of videos ({', '.join(kind.__name__ for kind in VIDEO)}), found "
+            f"{type(empty).__name__} in {vae.source}. Name the one that the teacher was trained with."
+        )
+    if vae.latents == "sample" and not isinstance(empty, DISTRIBUTIONS):
         raise _no_distribution(type(empty).__name__)
     return _facts(empty)
 
@@ -168,18 +200,24 @@ def _part(vae: VaeConfig, *, weights: bool) -> Part:
 
 def _facts(network: nn.Module) -> SpaceFacts:
     config = _config(network)
+    channels, frames = "latent_channels", 1
     match network:
         case AutoencoderKL():
-            widths = config["block_out_channels"]
+            factor = 2 ** (len(config["block_out_channels"]) - 1)
+        case AutoencoderKLWan():
+            factor, channels = int(config["scale_factor_spatial"]), "z_dim"
+            frames = int(config["scale_factor_temporal"])
+        case AutoencoderKLCogVideoX():
+            factor, frames = 2 ** (len(config["block_out_channels"]) - 1), int(config["temporal_compression_ratio"])
         case _:
-            widths = config["encoder_block_out_channels"]
-    scaling: dict[str, JsonValue] = {"scaling_factor": float(config["scaling_factor"])}
+            factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
+    scaling: dict[str, JsonValue] = {"scaling_factor": float(config.get("scaling_factor", 1.0))}
     if config.get("shift_factor"):
         scaling["shift_factor"] = float(config["shift_factor"])
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             scaling[key] = [float(value) for value in config[key]]
-    return SpaceFacts(channels=int(config["latent_channels"]), factor=2 ** (len(widths) - 1), scaling=scaling)
+    return SpaceFacts(channels=int(config[channels]), factor=factor, scaling=scaling, frame_factor=frames)
 
 
 def _config(network: nn.Module) -> Mapping[str, Any]:
@@ -187,12 +225,13 @@ def _config(network: nn.Module) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", network.config)
 
 
-def _affine(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Shift and scale that normalise a raw latent z as (z - shift) scale; scalars or [channels, 1, 1]."""
-    scale = torch.tensor(float(config["scaling_factor"]))
+def _affine(config: Mapping[str, Any], ndim: int) -> tuple[Tensor, Tensor]:
+    """Shift and scale that normalise raw latents z of so many axes as (z - shift) scale; scalars or one per channel."""
+    scale = torch.tensor(float(config.get("scaling_factor", 1.0)))  # Wan's has mean and std alone
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
-        return torch.tensor(mean).view(-1, 1, 1), scale / torch.tensor(std).view(-1, 1, 1)
+        shape = (-1, *(1,) * (ndim - 2))
+        return torch.tensor(mean).view(shape), scale / torch.tensor(std).view(shape)
     return torch.tensor(float(config.get("shift_factor") or 0.0)), scale
 
 

@@ -94,9 +94,10 @@ def image_shape(config: RunConfig, missing: list[str]) -> ImageShape:
     try:
         text = text_facts(source.text_encoders)
     except RaydistillError as error:
-        missing.append(f"the size of captions, taken to be {USUAL_TOKENS} tokens of what the student wants: {error}")
+        tokens = max(encoder.max_tokens or USUAL_TOKENS for encoder in source.text_encoders)
+        missing.append(f"the size of captions, taken to be {tokens} tokens of what the student wants: {error}")
         shapes = _asked_for(config)
-        text = TextFacts(shapes.text_width, shapes.pooled_width, USUAL_TOKENS) if shapes else TextFacts()
+        text = TextFacts(shapes.text_width, shapes.pooled_width, tokens) if shapes else TextFacts()
     buckets = buckets_of(source)
     height, width = max([b for b in buckets if b[0] == b[1]] or buckets, key=math.prod)
     return ImageShape(

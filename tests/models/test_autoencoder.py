@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from safetensors.torch import load_file, save_file
 from tiny_denoisers import POOLED_WIDTH, TEXT_WIDTH, tiny_sdxl
 from tiny_encoders import picture, tiny_vae
@@ -74,6 +83,44 @@ def test_decoded_images_are_those_of_the_sdxl_pipeline(tmp_path: Path, statistic
 
     found = (space.decode(sample("latent")) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(found, sample("pt"), atol=1e-5, rtol=1e-5)
+
+
+def test_images_of_wans_autoencoder_are_the_first_frame_of_its_pipeline(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.5, 2.0, 0.5, 3.0]}
+    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    config = VaeConfig(source=str(tmp_path))
+    assert space_facts(config).to_json() == {
+        "latent_channels": 4, "vae_factor": 8, "scaling": {"scaling_factor": 1.0, **statistics},
+    }  # fmt: skip
+    space = load_space(config)
+    network = WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8, ffn_dim=16,
+        num_layers=1,
+    )  # fmt: skip
+    pipeline = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=network,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(kind: str) -> torch.Tensor:
+        found: torch.Tensor = pipeline(
+            prompt_embeds=torch.ones(1, 5, 8), height=32, width=48, num_frames=1, num_inference_steps=1,
+            guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type=kind, return_dict=False,
+        )[0]  # fmt: skip
+        return found
+
+    decoded = (space.decode(sample("latent")[:, :, 0]) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded, sample("pt")[:, 0], atol=1e-5, rtol=1e-5)
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    raw = vae.encode(pixels[:, :, None]).latent_dist
+    mean, std = (torch.tensor(statistics[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(space.encode(pixels), (raw.mean[:, :, 0] - mean) / std)
+    noise = torch.randn(2, 4, 4, 6)
+    wanted = (raw.mean[:, :, 0] + raw.std[:, :, 0] * noise - mean) / std
+    torch.testing.assert_close(space.encode(pixels, noise), wanted)
 
 
 def test_a_sample_is_mean_plus_std_times_noise(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.models.denoiser import predict, shape_facts
 from raydistill.models.projection.denoiser import open_teacher
 from raydistill.models.projection.heads import map_heads
-from raydistill.models.projection.kernels import fit_kernel
+from raydistill.models.projection.kernels import Patch, fit_kernel, repatched
 from raydistill.models.projection.run import Sides, project
 from raydistill.models.projection.transformer import transformer_structure
 from raydistill.models.projection.unet import unet_structure
@@ -68,7 +68,7 @@ def projected(folder, overrides=None, *, rows=rows, model=None, **init):
     teacher = {"library": "diffusers", "source": str(folder), "dtype": "float32"}
     student = {
         "model": {**(model or teacher), "overrides": overrides or {}},
-        "init": {"kind": "projection", "teacher": teacher, "calibration_rows": 4, **init},
+        "init": {"kind": "projection", "teacher": teacher, "calibration_rows": 4} | init,
     }
     return build_student(StudentConfig.model_validate(student), seed=0, rows=rows)
 
@@ -323,6 +323,18 @@ def test_patches_of_another_size_say_the_same_of_a_constant_image(size):
     assert torch.allclose(resized.sum((2, 3)), weight.sum((2, 3)), atol=1e-5)
 
 
+def test_what_is_said_of_a_patch_is_put_into_another_order_and_size():
+    image = torch.randn(5, 3, 2, 4)  # patches of 2 × 4 with 3 channels
+    by_pixel, by_channel = image.permute(0, 2, 3, 1).flatten(1), image.flatten(1)
+    moved = repatched(Patch(2, 4, 3), Patch(2, 4, 3, channels_first=True))
+    assert torch.equal(by_pixel @ moved, by_channel)
+    assert torch.equal(by_channel @ moved.T, by_pixel)
+    small = torch.nn.functional.avg_pool2d(image, 2)
+    moved = repatched(Patch(2, 4, 3, channels_first=True), Patch(1, 2, 3))
+    assert torch.allclose(by_channel @ moved, small.permute(0, 2, 3, 1).flatten(1), atol=1e-6)
+    assert repatched(Patch(2, 4, 3), Patch(2, 4, 6)) is None
+
+
 def test_kernels_that_cannot_become_each_other_are_left_alone():
     assert fit_kernel(torch.randn(6, 4, 3, 3), (6, 4), num_mapped=2, temporal="sum") is None
     assert fit_kernel(torch.randn(6, 4), (6, 4, 3, 3), num_mapped=2, temporal="sum") is None
@@ -359,6 +371,43 @@ def test_an_image_transformer_starts_from_a_video_transformer(tmp_path):
     kept = teacher.patch_embedding.weight[:, :, 0].flatten(1)
     for channel in student.pos_embed.proj.weight.flatten(1):
         assert bool((kept == channel).all(1).any())
+
+
+def test_other_patches_captions_and_timesteps_keep_what_means_the_same(tmp_path):
+    teacher = wan(patch_size=(1, 2, 2), freq_dim=8)
+    folder = saved(teacher, tmp_path)
+    changes = {"patch_size": [1, 4, 4], "text_dim": 20, "freq_dim": 4}
+    student = projected(folder, changes, calibration_rows=0, min_coverage=0.5)
+    states = origins(student)
+    changed = {
+        "patch_embedding.weight": "projected",
+        "condition_embedder.time_embedder.linear_1.weight": "projected",
+        "condition_embedder.text_embedder.linear_1.weight": "random",  # another encoder's features mean something else
+        "proj_out.weight": "projected",
+        "proj_out.bias": "projected",
+    }
+    assert {name: state for name, state in states.items() if state != "exact"} == changed
+    kernel = student.patch_embedding.weight
+    assert torch.allclose(kernel.sum((3, 4)), teacher.patch_embedding.weight.sum((3, 4)), atol=1e-5)
+    # Each pixel of the old patch is four of the new one: rows are height, width, channel.
+    assert torch.equal(student.proj_out.weight.view(4, 4, 4, 24)[::2, 1::2], teacher.proj_out.weight.view(2, 2, 4, 24))
+    assert torch.equal(student.proj_out.bias.view(4, 4, 4)[1::2, ::2], teacher.proj_out.bias.view(2, 2, 4))
+    # Two of four wave lengths take up what the others said, each for its cosine and its sine.
+    ours, theirs = (n.condition_embedder.time_embedder.linear_1.weight for n in (student, teacher))
+    for half in range(2):
+        given, taken = theirs[:, 4 * half : 4 * half + 4], ours[:, 2 * half : 2 * half + 2]
+        assert torch.allclose(taken.sum(1), given.sum(1), atol=1e-6)
+
+
+def test_a_teacher_in_one_file_gives_the_same_student_as_its_folder(tmp_path):
+    folder = saved(wan(), tmp_path)
+    overrides = {"num_attention_heads": 1, "num_layers": 2}
+    wanted = projected(folder, overrides).state_dict()
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    scheduler = str(folder / "scheduler")
+    teacher = {"library": "diffusers", "source": str(file), "dtype": "float32", "scheduler": scheduler}
+    found = projected(folder, overrides, teacher=teacher).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
 
 
 # --- the folder ---

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -217,6 +219,22 @@ def test_q_k_and_v_keep_their_own_values(tmp_path):
         means = [getattr(layer.self_attn, p).weight.unique().tolist() for p in ("q_proj", "k_proj", "v_proj", "o_proj")]
         assert means == [[1.0], [2.0], [3.0], [4.0]]
         assert layer.self_attn.k_proj.bias.unique().tolist() == [2.0]
+
+
+def test_fused_q_k_v_and_gates_are_cut_apart_first(tmp_path):
+    teacher = llama(Phi3ForCausalLM, Phi3Config)
+    sizes = {"self_attn.qkv_proj": (32, 16, 16), "mlp.gate_up_proj": (40, 40)}
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            for name, parts in sizes.items():
+                for value, rows in enumerate(layer.get_submodule(name).weight.split(parts), start=1):
+                    rows.fill_(value)
+    overrides = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    student = projected(saved(teacher, tmp_path), {**overrides, "num_hidden_layers": 2})
+    for layer in student.model.layers:
+        for name, parts in {"self_attn.qkv_proj": (16, 8, 8), "mlp.gate_up_proj": (24, 24)}.items():
+            found = [rows.unique().tolist() for rows in layer.get_submodule(name).weight.split(parts)]
+            assert found == [[float(value)] for value in range(1, len(parts) + 1)]
 
 
 def test_smaller_heads_keep_rotary_pairs_and_the_size_of_the_logits(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 from raydistill.config.models import ProjectionInit
 from raydistill.errors import ConfigError
 from raydistill.models.projection.heads import map_heads
+from raydistill.models.projection.kernels import repatched
 from raydistill.models.projection.maps import (
     Map,
     Mix,
@@ -28,7 +29,9 @@ from raydistill.models.projection.measure import Measured
 from raydistill.models.projection.structure import RESIDUAL, Piece, Structure
 from raydistill.models.projection.tensors import ShapeTensors, Tensors
 
-OUTSIDE = ("text", "pooled", "latent", "latent_out", "condition", "one", "patch_out", "positions", "resolution")
+PATCH_OUT = "patch_out"
+"""Space of what a transformer says of a patch."""
+OUTSIDE = ("text", "pooled", "latent", "latent_out", "condition", "one", PATCH_OUT, "positions", "resolution")
 """Spaces of what comes from and goes to the outside: of another size they have another meaning, so nothing is cut."""
 FREQUENCIES = ("frequency",)
 """Spaces of sinusoids of the timestep: cosines of rising wave lengths, then sines."""
@@ -128,6 +131,8 @@ class Bases:
 
     def _map(self, space: str, there: str, size: int) -> Map | None:
         of = self._sizes[there]
+        if space == PATCH_OUT and self.teacher.patch != self.student.patch:
+            return self._patch()
         if size == of:
             return identity(of)
         if space == "vocab":
@@ -147,6 +152,12 @@ class Bases:
         if groups and groups == self.student.groups.get(space):
             return best_of_groups(self.scores(there), size, groups)
         return best(self.scores(there), size)
+
+    def _patch(self) -> Map | None:
+        """Of patches of another size or order."""
+        assert self.teacher.patch is not None and self.student.patch is not None, "only transformers have the space"  # noqa: PT018
+        matrix = repatched(self.teacher.patch, self.student.patch)
+        return None if matrix is None else Mix(matrix)
 
     def _residual(self, size: int) -> Map:
         basis = self._init.basis

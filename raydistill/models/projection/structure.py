@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from raydistill.models.projection.kernels import Patch
 from raydistill.models.projection.tensors import Index
 
 RESIDUAL = "residual"
@@ -135,6 +136,8 @@ class Structure:
     """Groups of the group norms on a space, by its name."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of spaces: those that a residual connection ties to the space that is named."""
+    patch: Patch | None = None
+    """What a transformer says of a patch; None for what does not work in patches."""
     unmatched: tuple[str, ...] = ()
     """Tensors that no rule knows."""
 

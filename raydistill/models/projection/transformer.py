@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import nn
 
+from raydistill.models.projection.kernels import Patch
 from raydistill.models.projection.rules import Rule, cut
 from raydistill.models.projection.structure import RESIDUAL, Attention, BlockList, Norm, Pair, Piece, Structure
 
@@ -174,8 +175,17 @@ def transformer_structure(network: nn.Module) -> Structure | None:
         norms=norms,
         attentions=dict(_attentions(network, blocks, pieces, pairs)),
         rotates=_ADAPTIVE,
+        patch=_patch(network, pieces["out.weight"].shape[0]),
         unmatched=tuple(unmatched),
     )
+
+
+def _patch(network: nn.Module, numbers: int) -> Patch:
+    """What `network` says of a patch in `numbers` numbers; CogVideoX says it channel by channel, the others by pixel."""
+    size: Any = getattr(network.config, "patch_size")  # noqa: B009
+    height, width = (size, size) if isinstance(size, int) else size[1:]
+    first = isinstance(network, CogVideoXTransformer3DModel)
+    return Patch(height, width, numbers // (height * width), channels_first=first)
 
 
 def _with_tables(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...]) -> tuple[dict[str, Piece], list[str]]:
