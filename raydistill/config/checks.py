@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, get_args
 from raydistill.config.base import Config
 from raydistill.config.metrics import training_metrics
 from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel, TransformersModel
-from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe, SelfForcingRecipe, TrajectoryRecipe
+from raydistill.config.recipes import (
+    CausalConsistencyRecipe,
+    LmLogitsRecipe,
+    NoisePredictionRecipe,
+    SelfForcingRecipe,
+    TeacherForcingRecipe,
+    TrajectoryRecipe,
+)
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TopKLogitsTeacher
 from raydistill.config.world import (
@@ -35,6 +42,8 @@ PLAYERS: dict[type[Config], tuple[str, ...]] = {
     NoisePredictionRecipe: ("student",),
     TrajectoryRecipe: ("student",),
     SelfForcingRecipe: ("student", "critic"),
+    CausalConsistencyRecipe: ("student",),
+    TeacherForcingRecipe: ("student",),
     FeaturesRecipe: ("student",),
 }
 """The networks that each recipe trains, each of which needs an optimizer."""
@@ -48,7 +57,13 @@ SIGNALS: dict[type[Config], type[Config]] = {
 RECIPES_OF: dict[type[Config], tuple[type[Config], ...]] = {
     TextSource: (LmLogitsRecipe,),
     ImagesSource: (NoisePredictionRecipe, TrajectoryRecipe),
-    VideosSource: (NoisePredictionRecipe, TrajectoryRecipe, SelfForcingRecipe),
+    VideosSource: (
+        NoisePredictionRecipe,
+        TrajectoryRecipe,
+        SelfForcingRecipe,
+        CausalConsistencyRecipe,
+        TeacherForcingRecipe,
+    ),
     PromptsSource: (TrajectoryRecipe, SelfForcingRecipe),
     EpisodesSource: (FeaturesRecipe,),
 }
@@ -60,6 +75,8 @@ LIBRARIES: dict[type[Config], tuple[type[Config], ...]] = {
     EpisodesSource: (WorldModel,),
 }
 """The models that learn from each kind of source; denoisers of diffusers from all others."""
+CAUSAL = (SelfForcingRecipe, CausalConsistencyRecipe, TeacherForcingRecipe)
+"""Recipes of students that make videos chunk by chunk."""
 SAME_TIME = 1e-6
 """Times that differ by no more are one time."""
 
@@ -72,6 +89,7 @@ def problems(config: RunConfig) -> list[str]:
         *_kinds(config),
         *_generator(config),
         *_guidance(config),
+        *_online(config),
         *_average(config),
         *_projection(config),
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
@@ -129,12 +147,12 @@ def _generator(config: RunConfig) -> Iterator[str]:
     generator = config.student.generator
     for index, phase in enumerate(config.phases):
         recipe, at = phase.recipe, f"phases.{index}.recipe"
-        if not isinstance(recipe, TrajectoryRecipe | SelfForcingRecipe):
+        if not isinstance(recipe, (TrajectoryRecipe, *CAUSAL)):
             continue
         if generator is None:
             yield f"student.generator: {at} ({recipe.kind}) trains a student of few steps; name its t_list."
             continue
-        causal = isinstance(recipe, SelfForcingRecipe) or recipe.causal
+        causal = not isinstance(recipe, TrajectoryRecipe) or recipe.causal
         if causal and generator.causal is None:
             yield f"student.generator.causal: {at} ({recipe.kind}) makes videos chunk by chunk; give it chunk_frames."
         if causal and isinstance(config.source, ImagesSource):
@@ -175,7 +193,7 @@ def _guidance(config: RunConfig) -> Iterator[str]:
     scales |= {
         f"phases.{i}.recipe.guidance_scale": p.recipe.guidance_scale
         for i, p in enumerate(config.phases)
-        if isinstance(p.recipe, SelfForcingRecipe)
+        if isinstance(p.recipe, SelfForcingRecipe | CausalConsistencyRecipe)
     }
     for key, scale in scales.items():
         if scale not in (None, 1.0):
@@ -183,6 +201,24 @@ def _guidance(config: RunConfig) -> Iterator[str]:
                 f'{key}: guidance leads away from a negative prompt, and source.negative_prompt is null; set it ("" is '
                 f"the empty prompt), or {key.rpartition('.')[2]}: 1."
             )
+
+
+def _online(config: RunConfig) -> Iterator[str]:
+    """Recipes that ask a teacher while they train."""
+    for index, phase in enumerate(config.phases):
+        recipe, at = phase.recipe, f"phases.{index}.recipe"
+        match recipe:
+            case SelfForcingRecipe(real_score=named):
+                key = "real_score"
+            case CausalConsistencyRecipe(teacher=named):
+                key = "teacher"
+            case _:
+                continue
+        first = config.teachers[0].model if config.teachers else None
+        if named is None and not isinstance(first, DiffusersModel):
+            yield f"{at}.{key}: there is no teacher of library diffusers to take the model of; name one here."
+        if isinstance(recipe, SelfForcingRecipe) and recipe.gan and not isinstance(config.source, VideosSource):
+            yield f"{at}.gan: source.kind {config.source.kind} has no clips to tell the student's from; use videos."
 
 
 def _projection(config: RunConfig) -> Iterator[str]:

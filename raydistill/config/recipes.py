@@ -149,6 +149,10 @@ class GanConfig(Config):
     """Noise by which the penalty shifts real data."""
 
 
+TeacherAttention = Literal["bidirectional", "autoregressive"]
+"""Which frames a teacher sees: all of them, or, chunk by chunk, those before (which it must have been trained for)."""
+
+
 class SelfForcingRecipe(Config):
     """A causal student on its own rollouts: its samples are drawn towards the distribution of the real score.
 
@@ -161,6 +165,8 @@ class SelfForcingRecipe(Config):
     teacher."""
     guidance_scale: float = Field(default=5.0, ge=0)
     """Guidance of the real score: `uncond + w (cond - uncond)`."""
+    teacher_attention: TeacherAttention = "bidirectional"
+    """Whether real score and critic see all frames of a rollout, or chunk by chunk those before."""
     online: Literal["local", "actors"] = "local"
     """Ask the real score in the training worker, or a pool of Ray actors on `resources.teacher`."""
     critic_updates: int = Field(default=4, ge=1)
@@ -172,7 +178,16 @@ class SelfForcingRecipe(Config):
     shift: float = Field(default=5.0, gt=0)
     """Times are drawn evenly and shifted towards noise: `s t / (1 + (s - 1) t)`."""
     gan: GanConfig | None = None
-    """Also tell real from made; wants a source of kind videos."""
+    """Also tell real from made; wants a source of kind videos, and `online: local`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low, high = self.t_range
+        if not 0 < low < high <= 1:
+            raise ValueError(f"t_range: wanted two rising times above 0 and up to 1, found {list(self.t_range)}.")
+        if self.gan is not None and self.online == "actors":
+            raise ValueError("gan: the heads read features of a teacher in the worker; set online: local, or no gan.")
+        return self
 
     @property
     def uses_teacher(self) -> bool:
@@ -186,6 +201,68 @@ class SelfForcingRecipe(Config):
 
     def without_teacher(self) -> Self:
         """The same recipe: there is nothing to learn without the real score."""
+        return self
+
+
+class CausalConsistencyRecipe(Config):
+    """Consistency distillation of a causal student on clips, without stored trajectories.
+
+    At each chunk, with clean chunks before it, `f(x_t, t)` is drawn towards `f(x_s, s)`, where the teacher leads from t
+    to the time s before it. Song et al. 2023, arXiv 2303.01469; for causal students, arXiv 2602.02214.
+    """
+
+    kind: Literal["causal_consistency"]
+    teacher: DiffusersModel | None = None
+    """The denoiser that leads from t to s; null takes the model of the first teacher."""
+    teacher_attention: TeacherAttention = "autoregressive"
+    """An autoregressive teacher sees what the student sees, clean chunks before and the noised one, so that its step is
+    a function of that. One that sees all frames is no such function: the student then learns an average."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Guidance of the teacher: `uncond + w (cond - uncond)`."""
+    online: Literal["local", "actors"] = "local"
+    """Ask the teacher in the training worker, or a pool of Ray actors on `resources.teacher`."""
+    grid: int = Field(default=48, ge=2)
+    """Times between noise and clean data, among which t and s are neighbours."""
+    shift: float = Field(default=5.0, gt=0)
+    """The even grid is shifted towards noise: `s t / (1 + (s - 1) t)`."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the recipe reads a teacher's signal."""
+        return False
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return False
+
+    def without_teacher(self) -> Self:
+        """The same recipe: there is nothing to learn without the teacher's steps."""
+        return self
+
+
+class TeacherForcingRecipe(Config):
+    """Plain diffusion training of a causal video model: each chunk is denoised beside the clean chunks before it.
+
+    It makes an autoregressive teacher of a bidirectional one. Source: arXiv 2602.02214.
+    """
+
+    kind: Literal["teacher_forcing"]
+    shift: float = Field(default=5.0, gt=0)
+    """Times are drawn evenly for each chunk and shifted towards noise: `s t / (1 + (s - 1) t)`."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the recipe reads a teacher's signal."""
+        return False
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return True
+
+    def without_teacher(self) -> Self:
+        """The same recipe, which reads no teacher."""
         return self
 
 

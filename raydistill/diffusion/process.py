@@ -112,6 +112,21 @@ class Process:
         """What a network is told in place of times t on the scale from 0 to 1: T t, fp32, of the same shape."""
         return (self.num_timesteps * t.double()).float()
 
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t in fp32 at times t on the scale from 0 to 1, one per sample [B] or per frame of a sample [B, T]."""
+        alpha, sigma = (on_frames(level, x0) for level in self.at_time(t))
+        return (alpha * x0.double() + sigma * eps.double()).float()
+
+    def clean_of(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean data that a prediction of this process's own kind at x_t means; t as for `noised`."""
+        alpha, sigma = (on_frames(level, x_t) for level in self.at_time(t))
+        return convert_at(pred, x_t, alpha, sigma, source=self.prediction_type, target="sample")
+
+    def own_of(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What a perfect prediction of this process's own kind at x_t says if x0 is behind it; t above 0."""
+        alpha, sigma = (on_frames(level, x_t) for level in self.at_time(t))
+        return convert_at(x0, x_t, alpha, sigma, source="sample", target=self.prediction_type)
+
     def target(self, x0: Tensor, eps: Tensor, t: Tensor, kind: PredictionType) -> Tensor:
         """What a perfect prediction of `kind` says, in fp32."""
         m0, m1 = _mix(kind, *self.at(t, x0))
