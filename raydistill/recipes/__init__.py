@@ -8,24 +8,51 @@ from typing import Any
 from torch import nn
 
 from raydistill.config.base import Config
-from raydistill.config.recipes import LmLogitsRecipe, NoisePredictionRecipe, RecipeConfig
-from raydistill.config.sources import ImagesSource, SourceConfig
+from raydistill.config.recipes import (
+    CausalConsistencyRecipe,
+    LmLogitsRecipe,
+    NoisePredictionRecipe,
+    RecipeConfig,
+    SelfForcingRecipe,
+    TeacherForcingRecipe,
+)
+from raydistill.config.sources import ImagesSource, SourceConfig, VideosSource
 from raydistill.recipes.base import Recipe, TeacherView
+from raydistill.recipes.causal_consistency import CausalConsistency
 from raydistill.recipes.lm_logits import LmLogits
 from raydistill.recipes.noise_prediction import NoisePrediction
+from raydistill.recipes.online import Online
+from raydistill.recipes.self_forcing import SelfForcing
+from raydistill.recipes.teacher_forcing import TeacherForcing
 
 RECIPES: dict[type[Config], type[Recipe[Any]]] = {
     LmLogitsRecipe: LmLogits,
     NoisePredictionRecipe: NoisePrediction,
+    SelfForcingRecipe: SelfForcing,
+    CausalConsistencyRecipe: CausalConsistency,
+    TeacherForcingRecipe: TeacherForcing,
 }
 
 
 def make_recipe(
-    config: RecipeConfig, student: nn.Module, teachers: Mapping[str, TeacherView], source: SourceConfig
+    config: RecipeConfig,
+    student: nn.Module,
+    teachers: Mapping[str, TeacherView],
+    source: SourceConfig,
+    online: Online | None = None,
 ) -> Recipe[Any]:
-    """The recipe of a phase. Denoisers that no teacher draws noise for are told by `source` how to draw it."""
+    """The recipe of a phase. Denoisers that no teacher draws noise for are told by `source` how to draw it.
+
+    `online` is the teacher of recipes that ask one while they train.
+    """
     match config, source:
-        case NoisePredictionRecipe(), ImagesSource(noise=noise):
+        case NoisePredictionRecipe(), ImagesSource(noise=noise) | VideosSource(noise=noise):
             return NoisePrediction(config, student, teachers, noise)
+        case SelfForcingRecipe(), _:
+            assert online is not None, "self_forcing asks a teacher"
+            return SelfForcing(config, student, teachers, online)
+        case CausalConsistencyRecipe(), _:
+            assert online is not None, "causal_consistency asks a teacher"
+            return CausalConsistency(config, student, teachers, online)
         case _:
             return RECIPES[type(config)](config, student, teachers)
