@@ -75,7 +75,7 @@ def _on_cluster(
     **kwargs: P.kwargs,
 ) -> R:
     connect(config)
-    require_cluster(key, 1, share.cpus, share.gpus, share.accelerator)
+    require_cluster(key, 1, share.cpus, share.gpus, share.accelerator, file=config.resources.cluster)
     options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_calls": 1}
     options["scheduling_strategy"] = "SPREAD"  # the default would stay inside the share of a trial that asks
     if share.accelerator:

@@ -27,7 +27,7 @@ from raydistill.cluster import connect, on_teacher_hardware, on_train_hardware, 
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.training import PhaseConfig
 from raydistill.errors import ConfigError
 from raydistill.evaluate.comparison import ROLES
@@ -91,6 +91,14 @@ class Run:
         builds = [build for store, _ in self.signals.values() for build in read_builds(store)]
         now = [build for build in builds if build.started > time.time() - seconds - 1]
         return teacher.gpus * sum(b.seconds * min(b.actors[1], max(1, len(b.shards))) for b in now)
+
+    def cost(self, stage: str) -> dict[str, JsonValue]:
+        """What is known of `stage`, with the money that its GPUs cost where their price is given."""
+        resources = self.config.resources
+        kind = resources.teacher.accelerator if stage == "signals" else resources.train.accelerator
+        price, used = self.config.plan.price_of(kind), self.stages[stage].get("gpu_seconds")
+        money = {"price": round(used / 3600 * price, 2)} if isinstance(used, float | int) and price else {}
+        return {**self.stages[stage], **money}
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` was finished on just this basis."""
@@ -195,8 +203,10 @@ def _check_agreement(config: RunConfig) -> None:
     match config.source:
         case TextSource():
             check_vocabularies(config)
-        case ImagesSource():
+        case ImagesSource() | VideosSource():
             check_denoisers(config, buckets_of(config.source))
+        case PromptsSource():
+            check_denoisers(config, (config.source.size,))
 
 
 def _inputs(run: Run, asked: bool) -> None:
@@ -350,7 +360,7 @@ def _export(run: Run, asked: bool) -> None:
 def _report(run: Run, asked: bool) -> None:
     if run.store.exists("metrics.json"):
         metrics = json.loads(run.store.read_text("metrics.json"))
-        times = {stage: run.stages[stage] for stage in STAGES if "seconds" in run.stages.get(stage, {})}
+        times = {stage: run.cost(stage) for stage in STAGES if "seconds" in run.stages.get(stage, {})}
         run.store.publish("metrics.json", json.dumps({**metrics, "stages": times}, indent=1))
     write_report(run.store)
 

@@ -101,9 +101,11 @@ def _act(options: argparse.Namespace) -> None:
         tuned = f"; {_space(options.tune, draft)}" if options.tune is not None else ""
         print(f"{config.name}: the configuration is valid ({_summary(config)}{tuned})")
     elif options.plan:
-        from raydistill.plan import plan, table
+        from raydistill.plan import placement_table, plan, table
 
-        print(table(plan(resolve_paths(config))))
+        resolved = resolve_paths(config)
+        placed = placement_table(resolved)  # first: what no node can hold is an error
+        print("\n\n".join(filter(None, (table(plan(resolved)), placed))))
     elif options.tune is not None:
         from raydistill.search.sweep import run_sweep
 

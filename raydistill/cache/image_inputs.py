@@ -35,7 +35,9 @@ def build_image_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
     many unusable images, `ConfigError` for what cannot be encoded.
     """
     source, store, share = config.images, ledger.store, config.resources.teacher
-    require_cluster("resources.teacher", share.actors[0], share.cpus, share.gpus, share.accelerator)
+    require_cluster(
+        "resources.teacher", share.actors[0], share.cpus, share.gpus, share.accelerator, file=config.resources.cluster
+    )
     old = ledger.manifest
     staging = store / STAGING
     tables, lost = _indexed(config, staging)

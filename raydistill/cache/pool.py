@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +16,9 @@ import numpy as np
 import ray
 
 from raydistill import errors
+from raydistill.config.nodes import NodeType, node_types, places, require_places
 from raydistill.config.schema import TeacherResources
-from raydistill.errors import ConfigError, RaydistillError
+from raydistill.errors import RaydistillError
 from raydistill.progress import Progress
 from raydistill.signals import JsonValue
 
@@ -34,60 +33,28 @@ def require_cluster(
     gpus: float = 0,
     accelerator: str | None = None,
     *,
+    file: str | None = None,
     what: str = "actor",
     remedy: str = "",
 ) -> None:
     """Raise `ConfigError` when the cluster can never hold `count` actors of this size, instead of waiting for ever.
 
-    An actor stands on one node, so the places are counted node by node. A cluster that grows is asked for the most it
-    can have in total; where it does not tell (an autoscaler of `ray up` that states no limits), set
-    RAYDISTILL_AUTOSCALING=1 and nothing is refused. `remedy` is what else the user may do.
+    The places are counted node by node: those of the nodes that the cluster has, or, where it grows, of the node types
+    in its `file` (`resources.cluster`). With RAYDISTILL_AUTOSCALING=1 and no file nothing is refused. `remedy` is what
+    else the user may do.
     """
-    if os.environ.get("RAYDISTILL_AUTOSCALING") == "1":
+    if file is not None:
+        types = node_types(file)
+    elif os.environ.get("RAYDISTILL_AUTOSCALING") == "1":
         return
-    from ray._private.state import state
-
-    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # What the cluster can grow to; None where nothing grows it. There is no public function for it.
-    grown: Mapping[str, float] | None = state.get_max_resources_from_cluster_config()
-    if grown is not None:
-        has = {name: max(grown.get(name, 0), sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
-        if count * cpus <= has["CPU"] and count * gpus <= has["GPU"]:
-            return
-        found = f"a cluster that grows to {has['CPU']:g} CPU and {has['GPU']:g} GPU"
     else:
-        places = sum(_places(node, cpus, gpus, accelerator) for node in nodes)
-        if places >= count:
-            return
-        kinds = Counter(_described(node) for node in nodes)
-        found = f"room for {places} on " + "; ".join(f"{n} node{'s' * (n > 1)} of {kind}" for kind, n in kinds.items())
-    kind = f" of type {accelerator}" if accelerator else ""
-    wanted = f"{count} {what}{'s' * (count > 1)} with {cpus:g} CPU and {gpus:g} GPU each{kind}"
-    raise ConfigError(
-        f"{key}: wanted {wanted}, found {found}. "
-        f"Ask for less{remedy} or use a larger cluster (RAYDISTILL_AUTOSCALING=1 if it grows by itself)."
-    )
+        types = tuple(NodeType("", node["Resources"], 1) for node in ray.nodes() if node["Alive"])
+    require_places(types, key, count, cpus, gpus, accelerator, file=file, what=what, remedy=remedy)
 
 
 def room(cpus: float, gpus: float = 0, accelerator: str | None = None) -> int:
     """Actors of this size that the nodes hold which the cluster has now."""
-    return sum(_places(node["Resources"], cpus, gpus, accelerator) for node in ray.nodes() if node["Alive"])
-
-
-def _places(node: Mapping[str, float], cpus: float, gpus: float, accelerator: str | None) -> int:
-    """Actors of this size that an empty node holds. Shares of a GPU are of one GPU: two of 0.4 fit, not five on two."""
-    if accelerator and not node.get(f"accelerator_type:{accelerator}"):
-        return 0
-    most = [int(node.get("CPU", 0) / cpus + 1e-6)] if cpus else []
-    if gpus:
-        has = node.get("GPU", 0)
-        most.append(int(has) * int(1 / gpus + 1e-6) if gpus < 1 else int(has / gpus))
-    return min(most, default=sys.maxsize)
-
-
-def _described(node: Mapping[str, float]) -> str:
-    kinds = sorted(name.removeprefix("accelerator_type:") for name in node if name.startswith("accelerator_type:"))
-    return f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" + (f" ({', '.join(kinds)})" if kinds else "")
+    return sum(places(node["Resources"], cpus, gpus, accelerator) for node in ray.nodes() if node["Alive"])
 
 
 def map_over_actors(

@@ -20,7 +20,7 @@ from raydistill.config.models import (
     StudentConfig,
 )
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, SourceConfig, TextSource, VaeConfig
+from raydistill.config.sources import ImagesSource, PromptsSource, SourceConfig, TextSource, VaeConfig, VideosSource
 from raydistill.config.world import WorldPythonModel
 from raydistill.errors import ConfigError
 
@@ -113,7 +113,7 @@ def _normal(path: Path) -> Path:
 
 def _source(source: SourceConfig) -> SourceConfig:
     paths = tuple(read(path) for path in source.paths)
-    if isinstance(source, ImagesSource):
+    if isinstance(source, ImagesSource | VideosSource | PromptsSource):
         vae, encoders = source.vae, source.text_encoders
         if isinstance(vae, VaeConfig):
             vae = vae.model_copy(update={"source": source_or_id(vae.source)})

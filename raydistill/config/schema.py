@@ -97,6 +97,10 @@ class ResourcesConfig(Config):
     """Training workers."""
     decode: DecodeResources = DecodeResources()
     """Input workers."""
+    cluster: str | None = None
+    """File of a cluster that grows: that of `ray up`, or a KubeRay `RayCluster` or `RayJob`. What the stages ask for is
+    then held against its node types, by `--plan` and before anything runs, and not against the nodes of the moment.
+    Default: the file that RAYDISTILL_CLUSTER names, if any."""
 
 
 class ImageEvaluation(Config):
@@ -195,13 +199,27 @@ class PlanConfig(Config):
     """Accelerator on which hours are counted."""
     utilisation: float = Field(default=0.4, gt=0, le=1)
     """Share of its dense bf16 peak that is reached."""
-    price_per_hour: float | None = Field(default=None, gt=0)
-    """Price of one accelerator hour, in any currency."""
+    price_per_hour: float | dict[str, float] | None = None
+    """Price of one accelerator hour in any currency: one for all, or by accelerator type (`{L40S: 1.9, H100: 4.1}`)."""
     bytes_per_token: float = Field(default=4.0, gt=0)
     """Bytes of uncompressed text per token, for inputs that are not tokenised yet; about 4 for English and
     2 to 3 for code."""
     compression: float = Field(default=3.0, ge=1)
     """Bytes of text per byte of a compressed file (`.gz`, `.zst`, `.bz2`, `.xz`)."""
+
+    @model_validator(mode="after")
+    def _prices(self) -> Self:
+        prices = self.price_per_hour if isinstance(self.price_per_hour, dict) else {"price": self.price_per_hour}
+        for name, price in prices.items():
+            if price is not None and price <= 0:
+                raise ValueError(f"price_per_hour: wanted more than 0, found {price:g} ({name}).")
+        return self
+
+    def price_of(self, accelerator: str | None = None) -> float | None:
+        """Price of one hour of `accelerator` (default: the one that the plan assumes), where it is known."""
+        if isinstance(self.price_per_hour, dict):
+            return self.price_per_hour.get(accelerator or self.accelerator)
+        return self.price_per_hour
 
 
 class RunConfig(Config):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.plan.estimate import Plan, plan_text
 from raydistill.plan.image_table import image_table
 from raydistill.plan.images import ImagePlan, plan_images
+from raydistill.plan.placement import placement_table
 from raydistill.plan.table import text_table
 
-__all__ = ["ImagePlan", "Plan", "plan", "table"]
+__all__ = ["ImagePlan", "Plan", "placement_table", "plan", "table"]
 
 
 def plan(config: RunConfig) -> Plan | ImagePlan:
@@ -17,7 +18,7 @@ def plan(config: RunConfig) -> Plan | ImagePlan:
     match config.source:
         case TextSource():
             return plan_text(config)
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource():
             return plan_images(config)
 
 

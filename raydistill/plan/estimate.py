@@ -170,7 +170,7 @@ def plan_text(config: RunConfig) -> Plan:
     training = total_of([p.hours for p in phases])
     baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
     hours = total_of([*(t.hours for t in teachers), training, baseline])
-    price = config.plan.price_per_hour
+    price = config.plan.price_of()
     return Plan(
         name=config.name,
         accelerator=config.plan.accelerator,

@@ -149,7 +149,7 @@ def plan_images(config: RunConfig) -> ImagePlan:
     training = total_of([p.hours for p in phases])
     baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
     hours = total_of([*(t.hours for t in teachers), training, baseline])
-    price = config.plan.price_per_hour
+    price = config.plan.price_of()
     return ImagePlan(
         name=config.name,
         accelerator=config.plan.accelerator,

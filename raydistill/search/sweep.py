@@ -98,8 +98,8 @@ class _Sweep:
         return with_exports(resolve_paths(self.space.config(point, changes)))
 
     def build(self) -> None:
-        """The stages that all trials share. A value that would need other caches is refused as early as it is known, and
-        a trial for which the cluster has no room before the teachers run.
+        """The stages that all trials share. A value that would need other caches is refused as early as it is known, a
+        trial for which the cluster has no room before the teachers run.
         """
         refuse_rebuilds(self.space, self.caches, self.configured)
         if not self.ledger.store.exists(BEGAN):
@@ -168,12 +168,12 @@ class _Sweep:
 
         `ConfigError` when it has no room for a single one.
         """
-        train = self.run.config.resources.train
+        train, cluster = self.run.config.resources.train, self.run.config.resources.cluster
         if train.workers == 0:
-            require_cluster("resources.train", 1, train.cpus, what="trial")
+            require_cluster("resources.train", 1, train.cpus, file=cluster, what="trial")
             most = room(train.cpus)
         else:
-            require_room(train)
+            require_room(train, cluster)
             fewest = train.workers if isinstance(train.workers, int) else train.workers[0]
             most = room(train.cpus, train.gpus, train.accelerator) // fewest
             if isinstance(self.sweep.scheduler, PopulationBased) and most < (self.sweep.trials or 0):
@@ -181,7 +181,7 @@ class _Sweep:
                     f"scheduler: pbt trains all {self.sweep.trials} trials at a time, found room for {most} with "
                     f"{fewest} workers each; use a larger cluster, fewer trials or workers, or workers: 0."
                 )
-        if os.environ.get("RAYDISTILL_AUTOSCALING") == "1":
+        if cluster or os.environ.get("RAYDISTILL_AUTOSCALING") == "1":
             return self.sweep.concurrent or max(most, 1)
         return max(1, min(most, self.sweep.concurrent or most))
 

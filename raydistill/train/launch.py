@@ -56,7 +56,7 @@ def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Seque
     if resources.workers == 0:
         progressed = run_worker(job, report or _nobody)
     else:
-        require_room(resources)
+        require_room(resources, job.config.resources.cluster)
         progressed = _with_workers(job, callbacks)
     publish_final(job, progressed)
     result = finished(job)
@@ -81,15 +81,16 @@ def run_worker(job: PhaseJob, report: Report) -> Progressed:
     return progressed
 
 
-def require_room(resources: TrainResources) -> None:
-    """`ConfigError` when the cluster cannot hold the fewest workers, now or after growing."""
+def require_room(resources: TrainResources, cluster: str | None = None) -> None:
+    """`ConfigError` when the cluster cannot hold the fewest workers; `cluster` is the file of one that grows."""
     from raydistill.cache.pool import require_cluster  # it brings Ray, which training in the driver does without
 
     fewest = resources.workers if isinstance(resources.workers, int) else resources.workers[0]
     remedy = " (resources.train.workers: 0 trains in the driver)"
     require_cluster(
-        "resources.train", fewest, resources.cpus, resources.gpus, resources.accelerator, what="worker", remedy=remedy
-    )
+        "resources.train", fewest, resources.cpus, resources.gpus, resources.accelerator,
+        file=cluster, what="worker", remedy=remedy,
+    )  # fmt: skip
 
 
 def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progressed:
@@ -138,7 +139,7 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
                     f"checkpoint ({failures} of {resources.max_failures} failures)",
                     flush=True,
                 )
-                require_room(resources)  # the node of the lost worker may be lost too
+                require_room(resources, job.config.resources.cluster)  # the node of the lost worker may be lost too
         beside.drain()
     assert isinstance(progressed, Progressed)
     return progressed

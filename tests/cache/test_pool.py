@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import ray
-from ray._private.state import state
 
 from raydistill.cache.pool import require_cluster
 from raydistill.errors import ConfigError
@@ -15,14 +15,11 @@ SMALL = {"CPU": 2.0}
 L4 = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:L4": 1.0}
 
 
-def cluster(
-    monkeypatch: pytest.MonkeyPatch, *nodes: Mapping[str, float], grows_to: Mapping[str, int] | None = None
-) -> None:
+def cluster(monkeypatch: pytest.MonkeyPatch, *nodes: Mapping[str, float]) -> None:
     """A cluster of these nodes, and one that was lost."""
     lost = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
     monkeypatch.delenv("RAYDISTILL_AUTOSCALING", raising=False)
     monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": dict(n)} for n in nodes), lost])
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: grows_to)
 
 
 @pytest.mark.parametrize(("count", "cpus", "gpus"), [(8, 2, 0), (16, 0.5, 0.25), (4, 1, 1), (2, 4, 2)])
@@ -68,10 +65,15 @@ def test_only_nodes_of_the_wanted_accelerator_count(monkeypatch: pytest.MonkeyPa
         require_cluster("resources.train", 9, 1, 1, "L40S")
 
 
-def test_a_cluster_that_grows_is_asked_for_the_most_it_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster(monkeypatch, SMALL, grows_to={"CPU": 64, "GPU": 8})
-    require_cluster("resources.teacher", 8, 8, 1, "L40S")
-    with pytest.raises(ConfigError, match=r"9 actors .* grows to 64 CPU and 8 GPU"):
-        require_cluster("resources.teacher", 9, 1, 1)
+def test_a_cluster_that_grows_is_asked_for_the_most_its_node_types_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, SMALL)
+    file = str(Path(__file__).parents[2] / "cluster/aws.yaml")
+    require_cluster("resources.teacher", 8, 8, 1, "L40S", file=file)
+    with pytest.raises(ConfigError, match=r"9 actors .* of type L40S, found room for 8 .* at most .*aws.yaml"):
+        require_cluster("resources.teacher", 9, 1, 1, "L40S", file=file)
+
+
+def test_a_cluster_that_grows_and_does_not_say_how_far_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, SMALL)
     monkeypatch.setenv("RAYDISTILL_AUTOSCALING", "1")
     require_cluster("resources.teacher", 999, 1, 1)

@@ -439,7 +439,7 @@ def test_no_more_trials_at_a_time_than_there_is_room_for(
 ) -> None:
     monkeypatch.setattr(module, "room", lambda *size: room)
     monkeypatch.setattr(module, "require_cluster", lambda *wanted, **words: None)
-    monkeypatch.setattr(module, "require_room", lambda resources: None)
+    monkeypatch.setattr(module, "require_room", lambda resources, cluster: None)
     sweep = SweepConfig.model_validate(MANY | {"concurrent": asked, "scheduler": "none"})
     config = config_of(**{"resources.train": train})
     this = SimpleNamespace(run=SimpleNamespace(config=config), sweep=sweep)

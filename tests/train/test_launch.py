@@ -25,7 +25,6 @@ def with_nodes(monkeypatch: pytest.MonkeyPatch, *cpus: float) -> None:
     import ray
 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": n}} for n in cpus])
-    monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
 
 
 def test_more_workers_than_the_nodes_hold_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

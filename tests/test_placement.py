@@ -1,0 +1,67 @@
+"""Which nodes of a growing cluster each stage will stand on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raydistill.config.load import load_config
+from raydistill.config.paths import resolve_paths
+from raydistill.config.schema import PlanConfig, RunConfig
+from raydistill.errors import ConfigError
+from raydistill.plan.placement import place, placement_table
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(*overrides: str) -> RunConfig:
+    file = f"resources.cluster={ROOT / 'cluster/aws.yaml'}"
+    return resolve_paths(load_config([str(ROOT / "configs/lm_topk.yaml")], [file, *overrides]))
+
+
+def test_stages_stand_where_their_accelerator_is() -> None:
+    found = place(config("resources.teacher.accelerator=L40S", "resources.train.accelerator=H100"))
+    assert [(stage.stage, stage.nodes) for stage in found] == [
+        ("inputs", (("decode", 1, 1), ("teachers", 1, 1), ("students", 1, 1))),
+        ("signals", (("teachers", 1, 8),)),
+        ("train", (("students", 1, 1),)),
+    ]
+
+
+def test_shares_of_a_gpu_need_fewer_nodes() -> None:
+    found = place(config("resources.teacher={actors: [4, 8], gpus: 0.25, cpus: 1, accelerator: L40S}"))
+    assert found[1].nodes == (("teachers", 1, 2),)
+
+
+def test_elastic_workers_have_a_range_of_nodes() -> None:
+    found = place(config("resources.train={workers: [8, 16], gpus: 1, cpus: 8, accelerator: H100}"))
+    assert found[2].nodes == (("students", 1, 2),)
+    assert "8 to 16 × (8 CPU, 1 GPU of type H100) on students: 1 to 2 nodes" in placement_table(
+        config("resources.train={workers: [8, 16], gpus: 1, cpus: 8, accelerator: H100}")
+    )
+
+
+@pytest.mark.parametrize("wrong", ["accelerator=A100", "gpus=2", "cpus=17", "actors=[9, 9]"])
+def test_what_no_node_type_can_meet_is_an_error(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"resources\.teacher: wanted"):
+        place(config("resources.teacher.accelerator=L40S", f"resources.teacher.{wrong}"))
+
+
+def test_without_a_file_nothing_is_said() -> None:
+    assert placement_table(load_config([str(ROOT / "configs/lm_topk.yaml")], [])) == ""
+
+
+def test_the_cluster_names_its_file_to_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYDISTILL_CLUSTER", str(ROOT / "cluster/gcp.yaml"))
+    plain = resolve_paths(load_config([str(ROOT / "configs/lm_topk.yaml")], []))
+    assert plain.resources.cluster == str(ROOT / "cluster/gcp.yaml")
+    assert config().resources.cluster == str(ROOT / "cluster/aws.yaml")
+
+
+def test_prices_by_accelerator() -> None:
+    plan = PlanConfig(accelerator="H100", price_per_hour={"L40S": 2.0, "H100": 4.0})
+    assert [plan.price_of(), plan.price_of("L40S"), plan.price_of("A100")] == [4.0, 2.0, None]
+    assert PlanConfig(price_per_hour=3.0).price_of("L40S") == 3.0
+    with pytest.raises(ValueError, match=r"price_per_hour: wanted more than 0, found 0 \(L40S\)"):
+        PlanConfig(price_per_hour={"L40S": 0.0})
