@@ -32,6 +32,7 @@ from raydistill.cache.shards import RECORDS
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import RunConfig
+from raydistill.memory import keep_freed_memory
 from raydistill.models.student import build_student, load_student, save_student
 from raydistill.recipes import make_recipe
 from raydistill.recipes.base import TeacherView
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as actors and training do, so that the comparison is fair
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             f"run_dir={folder}/run", f"resources.teacher.cpus={options.threads}", "source.shard_rows=32",

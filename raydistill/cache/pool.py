@@ -19,6 +19,7 @@ from raydistill import errors
 from raydistill.config.nodes import NodeType, node_types, places, require_places
 from raydistill.config.schema import TeacherResources
 from raydistill.errors import RaydistillError
+from raydistill.memory import keep_freed_memory
 from raydistill.progress import Progress
 from raydistill.signals import JsonValue
 
@@ -147,6 +148,7 @@ class Guarded:
     """
 
     def __init__(self, make: Callable[[], Worker]):
+        keep_freed_memory()  # work is done in threads, where it would cost most
         self._error: RaydistillError | None = None
         try:
             self._work = make()

@@ -13,6 +13,7 @@ import torch
 
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
+from raydistill.memory import keep_freed_memory
 from raydistill.train.checkpoint import Progressed
 from raydistill.train.evaluation import (
     Report,
@@ -66,6 +67,7 @@ def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Seque
 
 def run_worker(job: PhaseJob, report: Report) -> Progressed:
     """What one rank does, from building the student to writing the last weights."""
+    keep_freed_memory()
     resources = job.config.resources.train
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(resources.cpus)))
