@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from diffusers import CogVideoXTransformer3DModel, CosmosTransformer3DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
+from raydistill.config.models import CausalConfig, GeneratorConfig
+from raydistill.diffusion.process import Process
+from raydistill.models.score import LocalScore, Score
+from raydistill.recipes.online import Online
+from raydistill.signals import JsonValue
+
 CHANNELS, SIDE, TEXT, TOKENS = 3, 4, 10, 5
-FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
+FLOW: dict[str, JsonValue] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 5.0,
+}
 
 
 def tiny_wan(seed: int = 0, *, dtype: torch.dtype = torch.float32, layers: int = 2, heads: int = 2) -> nn.Module:
@@ -89,3 +102,33 @@ def _seeded(seed: int, dtype: torch.dtype, kind: type, **settings: object) -> nn
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return nn.Module.to(network.eval(), dtype)
+
+
+def causal_student(network: nn.Module, *, chunk_frames: int = 2, context_noise: float = 0.1) -> nn.Module:
+    """A network as a student of three steps that makes chunks."""
+    settings: Any = network
+    settings.process = Process.from_scheduler(FLOW)
+    settings.generator = GeneratorConfig(
+        t_list=(1.0, 0.9, 0.5, 0.0), causal=CausalConfig(chunk_frames=chunk_frames, context_noise=context_noise)
+    )
+    return network
+
+
+def teacher(network: nn.Module, *, guidance: float = 3.0, chunk_frames: int | None = None) -> Online:
+    """A network as a teacher that is asked online, with a critic that is its twin."""
+    process = Process.from_scheduler(FLOW)
+    score = Score(network, process, guidance=guidance, chunk_frames=chunk_frames)
+    return Online(LocalScore(score), process, score, copy.deepcopy(network).requires_grad_(True))
+
+
+def video_batch(samples: int, frames: int = 4, *, seed: int = 0) -> dict[str, Tensor]:
+    """Clips and captions with a negative prompt; the first sample does not count if there are several."""
+    weight = torch.ones(samples)
+    weight[0] = 0.0 if samples > 1 else 1.0
+    return {
+        "latents": clips(samples, frames, seed=100 + seed),
+        "latent_shape": torch.tensor([[CHANNELS, frames, SIDE, SIDE]]).repeat(samples, 1),
+        **captions(samples, seed=200 + seed),
+        "empty_embeds": captions(1, seed=300)["prompt_embeds"].repeat(samples, 1, 1),
+        "weight": weight,
+    }

@@ -55,12 +55,12 @@ class Span:
     """What they see, side by side."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Places:
     """What a causal pass hands to the self-attention in place of the rotary tables.
 
     An argument of each block, and so the same when gradient checkpointing runs the block again. No tuple, since
-    DeepSpeed takes tuples apart.
+    DeepSpeed takes tuples apart, and without slots, since it looks at the `vars` of what modules return.
     """
 
     rotary: tuple[Tensor, Tensor]
