@@ -117,8 +117,9 @@ class ImageEvaluation(Config):
     guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance of the samples: `uncond + w (cond - uncond)`."""
     feature_extractor: str | None = None
-    """TorchScript file of an image feature extractor for FID and KID (`package://` and `pypi://` work); null:
-    neither."""
+    """TorchScript file of an image feature extractor for FID and KID (`package://` and `pypi://` work; docs/recipes.md
+    names one); null: neither. Images are resized to `feature_size`² and fed as (x - 128) / 128 with x in [0, 255],
+    [n, 3, height, width]; it gives one vector per image."""
     feature_size: int = Field(default=299, ge=8)
     """Height and width of the images that the extractor wants."""
     feature_images: int = Field(default=256, ge=2)
