@@ -13,7 +13,7 @@ from importlib import resources
 
 from jinja2 import Environment, StrictUndefined
 
-from raydistill.report import page
+from raydistill.report import caches, page
 from raydistill.report.curves import held_out_figures, in_thirds, loss_figures, machine_figures, read_log
 from raydistill.report.images import gallery, timestep_figures
 from raydistill.report.words import IMAGE_PARTS, PARTS, ROLE_NAMES, lede, role_names
@@ -64,8 +64,8 @@ def render_report(run: Store) -> str:
         gallery=gallery(run, samples, names),
         samples=[] if samples.get("kind") == "images" else page.samples(samples),
         of_images=of_images,
-        inputs=page.cache_facts(stats),
-        signals=page.signals(stats),
+        inputs=caches.cache_facts(stats),
+        signals=caches.signals(stats),
         stages=page.stages(page.section(_json(run, "stages.json") or metrics.get("stages"))),
         resources=page.resources(config),
         settings=page.settings(config),
