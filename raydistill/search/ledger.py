@@ -87,9 +87,9 @@ class Ledger:
         self.store = run / FOLDER
 
     def begin(self, sweep: SweepConfig, base: RunConfig) -> None:
-        """Write down what is searched; `ConfigError` when the folder holds the sweep of another space or run."""
+        """Write down what is searched; `ConfigError` when the folder holds trials of another space or run."""
         new = _Begun(sweep=_lasting(sweep.model_dump(mode="json")), run=_defining(base))
-        if self.store.exists(SWEEP):
+        if self.store.exists(SWEEP) and self.trials():  # a space that was refused before its first trial may be mended
             remedy = "Put back what was there, or set another name or run_dir."
             old = parsed(_Begun, self.store.read(SWEEP), where=f"{self.store.uri}/{SWEEP}", remedy=remedy)
             changed = [

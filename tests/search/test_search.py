@@ -85,7 +85,9 @@ def test_a_trials_configuration_can_be_read_by_the_command_line(tmp_path: Path) 
 def test_a_sweep_of_another_space_or_run_is_refused_and_more_trials_are_not(tmp_path: Path) -> None:
     ledger = Ledger(Store(tmp_path))
     random8 = MANY | {"trials": 8}
-    ledger.begin(SweepConfig.model_validate(random8), config_of())
+    ledger.begin(SweepConfig.model_validate(random8 | {"seed": 7}), config_of())
+    ledger.begin(SweepConfig.model_validate(random8), config_of())  # no trial was made of the other
+    ledger.add(record(), config_of())
     more = SweepConfig.model_validate(random8 | {"trials": 12, "concurrent": 1})
     ledger.begin(more, config_of(**{"phases.0.log_every": 1}))
     with pytest.raises(ConfigError, match=r"phases\.0\.steps: it has 40, this command 50"):
