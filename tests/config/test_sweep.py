@@ -319,6 +319,8 @@ def test_check_says_how_many_trials_there_will_be(
     assert capsys.readouterr().out == f"toy: the configuration is valid (2 teachers, 2 phases; 2 trials over {ALPHA})\n"
     assert main(["run.yaml", "--check", "--tune", "missing.yaml"]) == 2
     assert "missing.yaml: there is no such configuration file" in capsys.readouterr().err
+    assert main(["run.yaml", "--plan", "--tune", "space.yaml"]) == 2
+    assert "--plan: wanted a run alone, found --tune too" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["run.yaml", "--tune", "space.yaml", "--stages", "train"])
 
