@@ -102,8 +102,8 @@ def _act(options: argparse.Namespace) -> None:
         print(f"{config.name}: the configuration is valid ({_summary(config)}{tuned})")
     elif options.plan and options.tune is not None:
         raise ConfigError(
-            "--plan: wanted a run alone, found --tune too. Leave --tune out: a sweep costs the run's caches once and its "
-            "training once per trial, and --check with --tune says how many trials there are."
+            "--plan: wanted a run alone, found --tune too. Leave --tune out: a sweep costs the run's caches once and a "
+            "training per trial, and --check with --tune says how many trials there are."
         )
     elif options.plan:
         from raydistill.plan import placement_table, plan, table
