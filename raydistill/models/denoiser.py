@@ -379,9 +379,11 @@ def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[st
             if network.use_additional_conditions:
                 sizes = wanted("time_ids").to(dtype)
                 added = {"resolution": sizes[:, :2], "aspect_ratio": (sizes[:, 4] / sizes[:, 5])[:, None]}
+            states = wanted("prompt_embeds")
             out = network(
                 x,
-                encoder_hidden_states=wanted("prompt_embeds"),
+                encoder_hidden_states=states,
+                encoder_attention_mask=(states != 0).any(-1),  # padded places are 0, and it never looked at them
                 timestep=t,
                 added_cond_kwargs=added,
                 return_dict=False,

@@ -145,8 +145,8 @@ def test_overrides_do_not_go_with_pretrained_weights(pipeline):
 
 
 def test_class_that_cannot_be_asked_is_named_with_those_that_can(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
-    with pytest.raises(ConfigError, match=r"UNet2DConditionModel, .*PixArt.*found CogVideoXTransformer3DModel"):
+    (tmp_path / "config.json").write_text('{"_class_name": "LTXVideoTransformer3DModel"}')
+    with pytest.raises(ConfigError, match=r"UNet2DConditionModel, .*PixArt.*found LTXVideoTransformer3DModel"):
         load_denoiser(_section(tmp_path))
 
 
@@ -297,6 +297,13 @@ def test_learned_variance_is_cut_off():
     whole = network(x, given["prompt_embeds"], t, added_cond_kwargs=added).sample
     assert whole.shape[1] == 8
     assert torch.equal(predict(network, x, t, given), whole.chunk(2, 1)[0])
+
+
+def test_pixart_does_not_look_at_padded_places():
+    network, given, x, t = tiny_pixart(), conditioning(2), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    text = given["prompt_embeds"]
+    padded = given | {"prompt_embeds": torch.cat([text, torch.zeros_like(text)], dim=1)}
+    torch.testing.assert_close(predict(network, x, t, padded), predict(network, x, t, given))
 
 
 def test_text_that_is_missing_is_named():
