@@ -28,6 +28,7 @@ from raydistill.train.final import publish_final, write_weights
 from raydistill.train.job import FINAL, PhaseJob, PhaseResult, finished
 from raydistill.train.loop import train
 from raydistill.train.metrics import Metrics, require_trackers
+from raydistill.train.online import score_pool
 from raydistill.train.prepare import prepare
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Seque
     if done is not None:
         return done
     resources = job.config.resources.train
-    if resources.workers == 0:
-        progressed = run_worker(job, report or _nobody)
-    else:
-        require_room(resources, job.config.resources.cluster)
-        progressed = _with_workers(job, callbacks)
+    with score_pool(job):
+        if resources.workers == 0:
+            progressed = run_worker(job, report or _nobody)
+        else:
+            require_room(resources, job.config.resources.cluster)
+            progressed = _with_workers(job, callbacks)
     publish_final(job, progressed)
     result = finished(job)
     assert result is not None, "the record was just written"

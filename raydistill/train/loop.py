@@ -20,7 +20,13 @@ def train(prepared: Prepared, report: Report) -> Progressed:
     job, phase, rank = prepared.job, prepared.job.phase, prepared.rank
     done = prepared.resume()
     saved = done.step
-    guard = Guard(phase=phase.name, explode_factor=phase.explode_factor, losses=done.losses)
+    # Losses of different players are on different scales.
+    guards = {
+        player: Guard(
+            phase=phase.name, explode_factor=phase.explode_factor, losses=done.losses if player == "student" else ()
+        )
+        for player in prepared.engines
+    }
     meter = Meter()
     metrics = Metrics(job.metrics_store, phase.name, done.step, job.config) if rank == 0 else None
     evaluations = Evaluations(prepared, metrics, report, first_step=done.step)
@@ -29,10 +35,10 @@ def train(prepared: Prepared, report: Report) -> Progressed:
         for batches in prepared.loader(done.step):
             player = prepared.recipe.turn(batches.step)
             update = prepared.engines[player].update(batches.micro_batches, prepared.draws(batches), batches.step)
-            guard.check(update, batches, last_checkpoint=prepared.checkpoints.name(saved) if saved else None)
+            guards[player].check(update, batches, last_checkpoint=prepared.checkpoints.name(saved) if saved else None)
             if prepared.ema is not None and player == "student":
                 prepared.ema.update(batches.step)
-            done = meter.advanced(done, batches, update)
+            done = meter.advanced(done, batches, update, player)
             progress.advance(1, note=f"loss {update.loss:.4f}, {meter.speed}")
 
             last = done.step == total
@@ -46,9 +52,10 @@ def train(prepared: Prepared, report: Report) -> Progressed:
             if done.step % phase.checkpoint.every_steps == 0 or last:
                 if metrics is not None:
                     metrics.flush()
-                prepared.save(done, guard.losses)
+                prepared.save(done, guards["student"].losses)
                 saved = done.step
                 meter.pause()
+    prepared.checkpoints.settle()
     if metrics is not None:
         metrics.close()
     return done

@@ -31,8 +31,9 @@ class Meter:
         """Leave out the time since the last step, which was not spent training."""
         self._mark = time.perf_counter()
 
-    def advanced(self, done: Progressed, batches: StepBatches, update: Update) -> Progressed:
-        """How far the phase is after a step."""
+    def advanced(self, done: Progressed, batches: StepBatches, update: Update, player: str = "student") -> Progressed:
+        """How far the phase is after a step of `player`."""
+        self._latest[player] = update
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         tokens = round(update.counts.get("tokens", 0.0))
@@ -50,15 +51,25 @@ class Meter:
         )
 
     def line(self, done: Progressed, update: Update) -> dict[str, JsonValue]:
-        """What is logged of a step; `data_wait_seconds` is the sum since the last line, on rank 0."""
+        """What is logged of a step; `data_wait_seconds` is the sum since the last line, on rank 0.
+
+        Where players take turns, the line has the last step of each since the line before: parts have names of their
+        own, loss and norm are the student's if it had a turn, and learning rates of others begin with their name.
+        """
+        latest = self._latest or {"student": update}
+        shown = latest.get("student", update)
         counted = "tokens" in update.counts
         line: dict[str, JsonValue] = {
             "samples": done.samples,
             **({"tokens": done.tokens} if counted else {}),
-            "loss": update.loss,
-            "parts": dict(update.parts),
-            "lr": dict(update.lr),
-            "grad_norm": update.grad_norm,
+            "loss": shown.loss,
+            "parts": {name: value for each in latest.values() for name, value in each.parts.items()},
+            "lr": {
+                group if player == "student" else f"{player}/{group}": lr
+                for player, each in latest.items()
+                for group, lr in each.lr.items()
+            },
+            "grad_norm": shown.grad_norm,
             "samples_per_second": self._per_second(self._samples),
             **({"tokens_per_second": self._per_second(self._tokens)} if counted else {}),
             "data_wait_seconds": self._wait,
@@ -73,3 +84,4 @@ class Meter:
     def _clear(self) -> None:
         self._samples = self._tokens = 0
         self._seconds = self._wait = 0.0
+        self._latest: dict[str, Update] = {}

@@ -1,0 +1,189 @@
+"""Teachers that are asked while a student trains: in the worker itself, or in a pool of Ray actors.
+
+Both answer with the same code on the whole micro-batch, so they say the same. The driver holds the pool; a rank finds
+its actor by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raydistill.config.models import DiffusersModel
+from raydistill.config.recipes import CausalConsistencyRecipe, SelfForcingRecipe
+from raydistill.config.schema import RunConfig, TeacherResources
+from raydistill.config.training import PhaseConfig
+from raydistill.errors import RaydistillError
+from raydistill.memory import keep_freed_memory
+from raydistill.models.denoiser import load_denoiser, process_of
+from raydistill.models.score import LocalScore, Score
+from raydistill.recipes.online import Online
+from raydistill.signals import Batch
+from raydistill.train.job import PhaseJob
+
+CONDITIONS = ("prompt_embeds", "empty_embeds", "pooled", "empty_pooled", "time_ids")
+"""What of a batch a teacher is told."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The teacher of a phase that asks one."""
+
+    model: DiffusersModel
+    guidance: float
+    chunk_frames: int | None
+    """Chunks of an autoregressive teacher; None for one that sees all frames."""
+    actors: bool
+    """Whether actors answer for it."""
+    critic: bool
+    """Whether a twin of it is trained."""
+
+    def score(self) -> Score:
+        """The network with its weights, in the format of its configuration."""
+        network = load_denoiser(self.model).requires_grad_(False)
+        return Score(network, process_of(self.model), guidance=self.guidance, chunk_frames=self.chunk_frames)
+
+
+def asked_by(config: RunConfig, phase: PhaseConfig) -> Asked | None:
+    """The teacher that a phase asks while it trains; None where it asks none."""
+    recipe, generator = phase.recipe, config.student.generator
+    match recipe:
+        case SelfForcingRecipe(real_score=named):
+            critic = True
+        case CausalConsistencyRecipe(teacher=named):
+            critic = False
+        case _:
+            return None
+    model = named if named is not None else config.teachers[0].model
+    assert isinstance(model, DiffusersModel), "the configuration was checked"
+    assert generator is not None and generator.causal is not None, "the configuration was checked"  # noqa: PT018
+    chunk = generator.causal.chunk_frames if recipe.teacher_attention == "autoregressive" else None
+    return Asked(model, recipe.guidance_scale, chunk, recipe.online == "actors", critic)
+
+
+def online_teacher(job: PhaseJob, *, rank: int) -> Online | None:
+    """What the recipe of a phase gets to ask; None where it asks nobody."""
+    asked = asked_by(job.config, job.phase)
+    if asked is None:
+        return None
+    critic: nn.Module | None = load_denoiser(asked.model, dtype=torch.float32) if asked.critic else None
+    if critic is not None and job.config.student.gradient_checkpointing:
+        critic.enable_gradient_checkpointing()  # type: ignore[operator]
+    if asked.actors:
+        return Online(ActorScore(job, rank), process_of(asked.model), None, critic)
+    score = asked.score()
+    return Online(LocalScore(score), score.process, score, critic)
+
+
+class ScoreActor:
+    """One teacher in a process of its own; it speaks in NumPy arrays, which Ray hands on without a copy."""
+
+    def __init__(self, asked: Asked, share: TeacherResources):
+        keep_freed_memory()
+        torch.set_num_threads(max(1, int(share.cpus)))
+        self._device = torch.device("cuda" if share.gpus > 0 else "cpu")
+        self._score = LocalScore(asked.score())
+
+    def ready(self) -> None:
+        """Returns once the teacher is loaded."""
+
+    def clean(
+        self, x_t: np.ndarray, t: np.ndarray, batch: Mapping[str, np.ndarray], context: np.ndarray | None
+    ) -> np.ndarray:
+        """`Score.clean` on this actor's device."""
+        told = {name: self._tensor(values) for name, values in batch.items()}
+        known = None if context is None else self._tensor(context)
+        found: np.ndarray = self._score.start(self._tensor(x_t), self._tensor(t), told, known)().cpu().numpy()
+        return found
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(values)).to(self._device)
+
+
+class ActorScore:
+    """The teacher of a rank: one actor of the pool, which several ranks may share."""
+
+    def __init__(self, job: PhaseJob, rank: int):
+        import ray
+
+        self._actor: Any = ray.get_actor(_name(job, rank % _pool_size(job)))
+
+    def start(self, x_t: Tensor, t: Tensor, batch: Batch, context: Tensor | None = None) -> Callable[[], Tensor]:
+        """Send the question; the result waits for the answer, so that the rank can compute meanwhile."""
+        import ray
+
+        told = {name: _array(batch[name]) for name in CONDITIONS if name in batch}
+        known = None if context is None else _array(context)
+        answer = self._actor.clean.remote(_array(x_t), _array(t), told, known)
+        return lambda: torch.from_numpy(np.array(ray.get(answer))).to(x_t.device)
+
+
+@contextmanager
+def score_pool(job: PhaseJob) -> Iterator[None]:
+    """Actors that answer for the teacher of a phase, if it wants them, while the phase trains.
+
+    `ConfigError` when the cluster has no room for the fewest; a teacher that cannot be loaded raises what it raised.
+    """
+    asked = asked_by(job.config, job.phase)
+    if asked is None or not asked.actors:
+        yield
+        return
+    import ray
+
+    from raydistill.cache.pool import require_cluster
+
+    resources, share = job.config.resources, job.config.resources.teacher
+    size = _pool_size(job)
+    require_cluster("resources.teacher", size, share.cpus, share.gpus, share.accelerator, file=resources.cluster)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 3, "max_task_retries": 3}
+    if share.accelerator:
+        options["accelerator_type"] = share.accelerator
+    kind: Any = ray.remote(**options)(ScoreActor)
+    actors = [kind.options(name=_name(job, i)).remote(asked, share) for i in range(size)]
+    try:
+        try:
+            ray.get([actor.ready.remote() for actor in actors])
+        except ray.exceptions.RayError as error:
+            raise _own(error) from error
+        yield
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _own(error: BaseException) -> BaseException:
+    """The `RaydistillError` that an actor failed with, if it did."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RaydistillError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def _pool_size(job: PhaseJob) -> int:
+    """One actor for each worker, within the bounds of `resources.teacher.actors`."""
+    workers = job.config.resources.train.workers
+    wanted = max(1, workers if isinstance(workers, int) else workers[1])
+    low, high = job.config.resources.teacher.actors
+    return min(high, max(low, wanted))
+
+
+def _name(job: PhaseJob, index: int) -> str:
+    place = hashlib.sha256(f"{job.run}|{job.folder}".encode()).hexdigest()[:12]
+    return f"raydistill-score-{place}-{index}"
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    plain = tensor.detach().cpu()
+    found: np.ndarray = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()  # NumPy has no bfloat16
+    return found
