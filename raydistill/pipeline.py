@@ -29,6 +29,7 @@ from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.training import PhaseConfig
+from raydistill.config.world import EpisodesSource
 from raydistill.errors import ConfigError
 from raydistill.evaluate.comparison import ROLES
 from raydistill.evaluate.stage import EvaluateJob, check_evaluation, evaluate_run
@@ -36,11 +37,13 @@ from raydistill.export import export_run
 from raydistill.models.agreement import check_vocabularies
 from raydistill.models.denoiser_agreement import check_denoisers
 from raydistill.models.student import publish_student
+from raydistill.models.world.agreement import check_worlds
 from raydistill.report import write_report
 from raydistill.signals import AVERAGE
 from raydistill.sources.buckets import buckets_of
 from raydistill.storage import Store
 from raydistill.train.launch import PhaseJob, train_phase
+from raydistill.train.online_worlds import is_online
 
 SUMMARY_METRICS = (
     "perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "ece", "mse_to_teacher", "mse_to_noise",
@@ -120,6 +123,7 @@ class Run:
                 teacher.name, signal_content(self.config, teacher, self.inputs[1]), stage="signals"
             )
             for teacher in self.config.teachers
+            if not is_online(teacher)
         }
         if self.has_average:
             weights = {teacher.name: teacher.weight for teacher in self.config.teachers}
@@ -207,6 +211,8 @@ def _check_agreement(config: RunConfig) -> None:
             check_denoisers(config, buckets_of(config.source))
         case PromptsSource():
             check_denoisers(config, (config.source.size,))
+        case EpisodesSource():
+            check_worlds(config)
 
 
 def _inputs(run: Run, asked: bool) -> None:
@@ -219,6 +225,7 @@ def _signals(run: Run, asked: bool) -> None:
     signals = {
         teacher.name: build_signal(run.config, teacher, inputs, manifest, run.caches, connect=ray)
         for teacher in run.config.teachers
+        if not is_online(teacher)
     }
     if run.has_average:
         signals[AVERAGE] = build_average(run.config, manifest, signals, run.caches, connect=ray)

@@ -19,9 +19,11 @@ from raydistill.cache.dense_checks import noise_of_facts
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.shards import read_inputs, read_signal
 from raydistill.cache.signal_job import TeacherFactory
+from raydistill.cache.world_signal import audit_clips
 from raydistill.config.recipes import LmLogitsRecipe
 from raydistill.config.schema import RunConfig
-from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig, TopKLogitsTeacher
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TeacherConfig, TopKLogitsTeacher
+from raydistill.config.world import WorldTeacher
 from raydistill.errors import SignalMismatch
 from raydistill.models.load import load_language_model
 from raydistill.signals import Teacher
@@ -97,14 +99,14 @@ def load_teacher(config: TeacherConfig, vocab_size: int) -> tuple[Teacher, nn.Mo
 
 def audit_denoiser(
     config: RunConfig,
-    teacher: NoisePredictionTeacher,
+    teacher: NoisePredictionTeacher | OdeTrajectoryTeacher,
     store: Store,
     manifest: Manifest,
     inputs: Store,
     sample: Sample,
     factory: TeacherFactory,
 ) -> Audits:
-    """A `noise_prediction` signal: the same predictions, by their relative root mean square difference."""
+    """A denoiser's signal: the same predictions or trajectories, by their relative root mean square difference."""
     noise = noise_of_facts(manifest.facts)
     view = factory(teacher, noise)
     found = {
@@ -115,6 +117,24 @@ def audit_denoiser(
     mean, largest = np.mean([a.mean_difference for a in found.values()]), max(a.largest for a in found.values())
     draws = sum(audit.draws for audit in found.values())
     return Audits(faults, f"audit of {draws} draws: relative rms difference mean {mean:.1e}, largest {largest:.1e}")
+
+
+def audit_world(
+    config: RunConfig,
+    teacher: WorldTeacher,
+    store: Store,
+    manifest: Manifest,
+    inputs: Store,
+    sample: Sample,
+    factory: TeacherFactory,
+) -> Audits:
+    """A signal of a world model: the same frames, codes, logits and taps, by their relative rms difference."""
+    view = factory(teacher, int(str(manifest.facts["clip_frames"])))
+    found = {n: audit_clips(view, read_dense(inputs, n), read_dense(store, n), rows) for n, rows in sample.items()}
+    faults = {name: wrong for name, audit in found.items() if (wrong := audit.wrong(config.cache.audit_tolerance))}
+    mean, largest = np.mean([a.mean_difference for a in found.values()]), max(a.largest for a in found.values())
+    clips = sum(audit.draws for audit in found.values())
+    return Audits(faults, f"audit of {clips} clips: relative rms difference mean {mean:.1e}, largest {largest:.1e}")
 
 
 def audit_average(

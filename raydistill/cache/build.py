@@ -21,17 +21,21 @@ from raydistill.cache.average import (
 )
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.dense_read import require_stored_draws
-from raydistill.cache.dense_signal import NoisePredictionWorker
+from raydistill.cache.dense_signal import DenoiserWorker
+from raydistill.cache.episode_inputs import build_episode_inputs
 from raydistill.cache.image_inputs import build_image_inputs
 from raydistill.cache.ledger import Ledger, is_described, read_description
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import Worker, map_over_actors, map_shards, require_cluster
+from raydistill.cache.prompt_inputs import build_prompt_inputs
 from raydistill.cache.signal_job import SignalJob, TeacherFactory
 from raydistill.cache.text_inputs import build_text_inputs
 from raydistill.cache.top_k_signal import INPUT_FACTS, TopKWorker
+from raydistill.cache.world_signal import WorldWorker
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, NoiseConfig, TextSource
-from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig, TopKLogitsTeacher
+from raydistill.config.sources import ImagesSource, NoiseConfig, PromptsSource, TextSource, VideosSource
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TeacherConfig, TopKLogitsTeacher
+from raydistill.config.world import EpisodesSource, WorldTeacher
 from raydistill.signals import AVERAGE, JsonValue
 from raydistill.storage import Store
 from raydistill.teachers import build_teacher
@@ -61,8 +65,12 @@ def build_inputs(
     match config.source:
         case TextSource():
             return ledger.store, build_text_inputs(config, ledger)
-        case ImagesSource():
+        case ImagesSource() | VideosSource():
             return ledger.store, build_image_inputs(config, ledger)
+        case EpisodesSource():
+            return ledger.store, build_episode_inputs(config, ledger)
+        case PromptsSource():
+            return ledger.store, build_prompt_inputs(config, ledger)
 
 
 def build_signal(
@@ -97,10 +105,13 @@ def build_signal(
         case TopKLogitsTeacher():
             make, repeated, unit, noise = TopKWorker, INPUT_FACTS, "tokens", None
             costs = {record.name: record.tokens for record in inputs_manifest.shards}
-        case NoisePredictionTeacher():
-            require_stored_draws(inputs_manifest, config.images.noise)
-            make, repeated, unit, noise = NoisePredictionWorker, (), "samples", config.images.noise
+        case NoisePredictionTeacher() | OdeTrajectoryTeacher():
+            require_stored_draws(inputs_manifest, config.latents.noise)
+            make, repeated, unit, noise = DenoiserWorker, (), "samples", config.latents.noise
             costs = {record.name: record.rows * noise.draws_per_row for record in inputs_manifest.shards}
+        case WorldTeacher():
+            make, repeated, unit, noise = WorldWorker, ("clip_frames",), "clips", None
+            costs = {record.name: record.rows for record in inputs_manifest.shards}
     old = ledger.manifest
     ledger.begin()
     names = [record.name for record in inputs_manifest.shards]

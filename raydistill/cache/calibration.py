@@ -11,8 +11,9 @@ from torch import Tensor
 from raydistill.cache.dense_read import DenseDataset
 from raydistill.cache.read import Dataset
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, NoiseConfig, TextSource
+from raydistill.config.sources import ImagesSource, NoiseConfig, PromptsSource, TextSource, VideosSource
 from raydistill.diffusion.draws import noise_of, timestep_of
+from raydistill.errors import ConfigError
 from raydistill.signals import Batch
 from raydistill.storage import Store
 
@@ -33,9 +34,14 @@ def calibration_rows(config: RunConfig, inputs: Callable[[], Store]) -> Callable
         match config.source:
             case TextSource():
                 return list(_text(Dataset(inputs(), {}, split="train", fields={}, max_rows=number)))
-            case ImagesSource(noise=noise):
+            case ImagesSource(noise=noise) | VideosSource(noise=noise):
                 dataset = DenseDataset(inputs(), {}, noise, split="train", fields={}, max_rows=number)
                 return list(_images(dataset, noise))
+            case PromptsSource():
+                raise ConfigError(
+                    "student.init.calibration_rows: a projection is calibrated on images or videos, found prompts "
+                    "alone; set it to 0."
+                )
 
     return rows
 

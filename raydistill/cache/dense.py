@@ -6,10 +6,8 @@ tensors and description give the same bytes, on every machine. Files are mapped,
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -27,6 +25,10 @@ from raydistill.storage import Store
 
 META = "raydistill"
 """Key of the description in the file's metadata. Its only key: safetensors does not sort several."""
+
+
+LATENT_SHAPE = "latent_shape"
+"""Key of the description of an inputs shard without latents: the shape of those that are to be made."""
 
 
 def dense_name(index: int) -> str:
@@ -75,6 +77,16 @@ class DenseShard:
         """Number of rows."""
         return len(self.row_ids)
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of the latents of a row of an inputs shard: of those that it holds, or that are to be made."""
+        if "latents" in self.names:
+            return tuple(self.tensor("latents").shape[1:])
+        found = self.meta.get(LATENT_SHAPE)
+        if not isinstance(found, list):
+            raise DataError(f"{self.path}: wanted latents or their shape, found neither. Run --stages verify.")
+        return tuple(int(str(side)) for side in found)
+
     def texts(self, key: str) -> list[str]:
         """A list of strings of the description; `DataError` when there is none under `key`."""
         found = self.meta.get(key)
@@ -102,7 +114,7 @@ def read_dense(store: Store, name: str) -> DenseShard:
             return DenseShard(Path(store.path(name)))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
-            fetch(store, name, path)
+            store.fetch(name, path)
             return DenseShard(path)  # what is mapped outlives the file's name
     except FileNotFoundError as error:
         raise _unreadable(f"{store.uri}/{name}", error) from error
@@ -125,16 +137,6 @@ def _unreadable(where: str, error: Exception) -> DataError:
         f"cannot read the shard {where}: {error}. Run --stages verify, which lists damaged shards; "
         "--stages inputs,signals then builds exactly those again."
     )
-
-
-def fetch(store: Store, name: str, path: Path) -> None:
-    """Have file `name` under a local path: a second name for it where that is possible, else a copy."""
-    if store.is_local:
-        with contextlib.suppress(OSError):  # on another disk, or one without hard links
-            path.hardlink_to(store.path(name))
-            return
-    with store.filesystem.open_input_stream(store.path(name)) as source, path.open("wb") as copy:
-        shutil.copyfileobj(source, copy, 8 << 20)
 
 
 def row_sha(latents: Tensor, caption: str) -> str:

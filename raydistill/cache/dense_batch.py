@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydistill.cache.dense import DenseShard, signed
+from raydistill.cache.dense import LATENT_SHAPE, DenseShard, signed
 from raydistill.config.sources import NoiseConfig
 from raydistill.diffusion.draws import caption_dropped, noise_of, noise_sha, timestep_of
 
@@ -43,10 +43,10 @@ class Draw:
         return timestep_of(self.row_id, self.draw, noise)
 
     def noise(self, noise: NoiseConfig) -> Tensor:
-        """Noise of the draw, fp32 [C, h, w]."""
+        """Noise of the draw, fp32 [C, (T,) h, w]."""
         if STORED_NOISE in self.shard.names:
             return torch.from_numpy(as_floats(self.shard.tensor(STORED_NOISE)[self.row, self.draw]))
-        return noise_of(self.row_id, self.draw, self.shard.tensor("latents").shape[1:], noise.seed)
+        return noise_of(self.row_id, self.draw, self.shard.latent_shape, noise.seed)
 
     def prompt(self, noise: NoiseConfig | None) -> int:
         """Place of the draw's caption among the prompts of the shard; the last one is the empty caption."""
@@ -68,13 +68,17 @@ def cut_draws(draws: Sequence[Draw], batch_rows: int) -> list[Sequence[Draw]]:
 def denoiser_batch(draws: Sequence[Draw], noise: NoiseConfig | None) -> dict[str, Tensor]:
     """Draws of one bucket as a batch of B samples.
 
-    latents[B,C,h,w] fp32, noise[B,C,h,w] fp32, timestep[B] int64, time_ids[B,6] fp32; where the inputs have text also
+    latents[B,C,(T,)h,w] fp32 (of prompts latent_shape[B,3 or 4] int64 instead), noise[B,C,(T,)h,w] fp32, timestep[B]
+    int64, time_ids[B,6] fp32; where the inputs have text also
     prompt_embeds[B,L,D] fp32 and empty_embeds[B,L,D] fp32 (those of the empty caption), and pooled[B,P] fp32 and
     empty_pooled[B,P] fp32 where the text encoders pool. Captions are dropped where their draw says so.
 
     Without `noise` there are no noise and timestep, and no caption is dropped: they are drawn later.
     """
-    batch = {"latents": _stacked([draw.shard.tensor("latents")[draw.row] for draw in draws])}
+    if "latents" in draws[0].shard.names:
+        batch = {"latents": _stacked([draw.shard.tensor("latents")[draw.row] for draw in draws])}
+    else:
+        batch = {LATENT_SHAPE: torch.tensor([draw.shard.latent_shape for draw in draws])}
     if noise is not None:
         batch["noise"] = torch.from_numpy(np.stack([draw.noise(noise).numpy() for draw in draws]))
         batch["timestep"] = torch.tensor([draw.timestep(noise) for draw in draws])

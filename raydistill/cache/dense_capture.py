@@ -21,6 +21,11 @@ OWN_FIELDS: Schema = {
 """What a signal keeps of each draw besides what the teacher says; every field has the axis `draw` first."""
 
 
+def own_fields(teacher: Teacher) -> Schema:
+    """Those of `OWN_FIELDS` that the signal of `teacher` keeps: a trajectory has no timestep."""
+    return {name: field for name, field in OWN_FIELDS.items() if name != "timestep" or "path" not in teacher.schema}
+
+
 def capture_draws(
     teacher: Teacher,
     shard: DenseShard,
@@ -42,7 +47,8 @@ def capture_draws(
     for part, batch in _ahead(cut_draws(draws, batch_rows), noise):
         said = predictions(teacher, batch, where=where)
         found = {name: _stored(values, dtype, part, f"{where}: {name}") for name, values in said.items()}
-        found |= {"timestep": batch["timestep"].int(), "noise_sha": torch.tensor(noise_hashes(batch["noise"]))}
+        own = {"timestep": batch["timestep"].int(), "noise_sha": torch.tensor(noise_hashes(batch["noise"]))}
+        found |= {name: own[name] for name in own_fields(teacher)}
         for name, values in found.items():
             if name not in whole:  # at once in its full size: a shard of large features fits into memory only once
                 whole[name] = torch.empty(len(draws), *values.shape[1:], dtype=values.dtype)
@@ -57,7 +63,7 @@ def predictions(teacher: Teacher, batch: dict[str, Tensor], *, where: str) -> di
     try:
         signal = teacher(batch)
     except torch.OutOfMemoryError as error:
-        shape = tuple(batch["latents"].shape)
+        shape = tuple(batch["noise"].shape)
         raise ConfigError(
             f"{where}: the teacher's batch of {shape[0]} latents of {shape[1:]} does not fit into its device's memory. "
             "Lower teachers.*.batch_rows (which makes a new cache)."

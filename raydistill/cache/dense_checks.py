@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from raydistill.cache.dense import DenseShard, read_dense, row_sha, signed
 from raydistill.cache.dense_batch import STORED_NOISE, draws_of
 from raydistill.cache.manifest import FieldRecord, ShardRecord
@@ -32,12 +34,13 @@ def _inputs_rows_fault(shard: DenseShard, record: ShardRecord, facts: Mapping[st
         return f"{len(set(ids)):,} different row ids instead of {record.rows:,}"
     if shard.meta.get("split") != record.split:
         return f"its rows are of the split {shard.meta.get('split')!r}, its record says {record.split!r}"
-    latents = shard.tensor("latents")
+    latents = shard.tensor("latents") if "latents" in shard.names else torch.zeros(record.rows, 0)
+    shape = (len(latents), *shard.latent_shape)
     factor, bucket = int(str(facts["vae_factor"])), shard.meta.get("bucket")
     sides = [int(str(side)) // factor for side in bucket] if isinstance(bucket, list) else []
-    wanted = (record.rows, int(str(facts["latent_channels"])), *sides)
-    if tuple(latents.shape) != wanted:
-        return f"its latents have the shape {tuple(latents.shape)}, those of its bucket {bucket} are {wanted}"
+    wanted = (record.rows, int(str(facts["latent_channels"])), *shape[2:-2], *sides)
+    if shape != wanted:
+        return f"its latents have the shape {shape}, those of its bucket {bucket} are {wanted}"
     for name in shard.names:
         if name not in PROMPTS and len(shard.tensor(name)) != record.rows:
             return f"{name} has {len(shard.tensor(name)):,} rows instead of {record.rows:,}"
@@ -55,7 +58,7 @@ def _prompts_fault(shard: DenseShard) -> str | None:
     for name in PROMPTS:
         if name in shard.names and len(shard.tensor(name)) != len(captions):
             return f"{name} has {len(shard.tensor(name)):,} rows for {len(captions):,} captions"
-    if not captions or captions[-1] != "":
+    if not captions or captions[-1] != shard.meta.get("negative_prompt", ""):
         return "its last caption is not the empty one"
     if len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(captions)):
         return "a row points to a caption that is not there"
@@ -128,9 +131,12 @@ def _schema_fault(
             return f"field {name!r} is {dtype} with {values.ndim - 1} axes, the manifest has {field}"
         if tuple(values.shape[:2]) != (record.rows, draws):
             return f"field {name!r} has {tuple(values.shape[:2])} rows and draws instead of {(record.rows, draws)}"
-    if inputs is not None and shard.tensor("prediction").shape[2:] != inputs.tensor("latents").shape[1:]:
-        shapes = tuple(shard.tensor("prediction").shape[2:]), tuple(inputs.tensor("latents").shape[1:])
-        return f"its predictions have the shape {shapes[0]}, the latents {shapes[1]}"
+    if inputs is not None:
+        # In front of the axes of latents stand those of row and draw, and of states the step.
+        for name, words, before in (("prediction", "predictions", 2), ("clean", "samples", 2), ("path", "states", 3)):
+            if name in shard.names and tuple(shard.tensor(name).shape[before:]) != inputs.latent_shape:
+                found = tuple(shard.tensor(name).shape[before:])
+                return f"its {words} have the shape {found}, the latents {inputs.latent_shape}"
     return None
 
 
@@ -150,10 +156,11 @@ def noise_fault(shard: DenseShard, inputs: DenseShard, facts: Mapping[str, JsonV
     """A row whose noise or timestep is not what its seed gives; all rows are looked at."""
     noise = noise_of_facts(facts)
     source = "what came with the row" if STORED_NOISE in inputs.names else "its seed"
-    shas, timesteps = shard.tensor("noise_sha"), shard.tensor("timestep")
+    shas = shard.tensor("noise_sha")
+    timesteps = shard.tensor("timestep") if "timestep" in shard.names else None
     for draw in draws_of(inputs, noise.draws_per_row):
         where = f"row {draw.row_id}, draw {draw.draw}"
-        if int(timesteps[draw.row, draw.draw]) != draw.timestep(noise):
+        if timesteps is not None and int(timesteps[draw.row, draw.draw]) != draw.timestep(noise):
             return (
                 f"a row whose timestep does not match {source}: {where} has {int(timesteps[draw.row, draw.draw])} "
                 f"instead of {draw.timestep(noise)}"

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from raydistill.cache.dense import DenseShard, fetch, read_description
+from raydistill.cache.dense import DenseShard, read_description
 from raydistill.cache.dense_batch import Draw, denoiser_batch, noise_hashes, stacked
 from raydistill.cache.joined import Joined
 from raydistill.cache.local import LocalFiles, Unpacked
@@ -161,7 +161,7 @@ class DenseDataset:
 
     def _key(self, source: str, shard: int) -> tuple[str, partial[Unpacked]]:
         record = self._joined.records[source][shard]
-        write = partial(fetch, self._joined.stores[source], record.name)
+        write = partial(self._joined.stores[source].fetch, record.name)
         return f"dense {record.sha256}", partial(Unpacked, record.bytes, write)
 
 
@@ -204,7 +204,9 @@ def require_stored_draws(inputs: Manifest, noise: NoiseConfig) -> None:
 
 def require_noise(signal: DenseShard, draw: Draw, sha: int, timestep: int, *, where: str) -> None:
     """Raise `SignalMismatch` unless the signal's prediction was made at this timestep and with noise of this hash."""
-    kept, at = int(signal.tensor("noise_sha")[draw.row, draw.draw]), int(signal.tensor("timestep")[draw.row, draw.draw])
+    kept = int(signal.tensor("noise_sha")[draw.row, draw.draw])
+    # A trajectory begins at the noise alone and has no timestep.
+    at = int(signal.tensor("timestep")[draw.row, draw.draw]) if "timestep" in signal.names else timestep
     if (kept, at) == (sha, timestep):
         return
     what = f"timestep {timestep}, found {at}" if kept == sha else f"noise of the hash {_hex(sha)}, found {_hex(kept)}"

@@ -1,4 +1,4 @@
-"""The actor that writes the shards of a `noise_prediction` signal."""
+"""The actor that writes the shards of a denoiser's signal: `noise_prediction` or `ode_trajectory`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 
 from raydistill.cache.dense import DenseShard, read_dense, write_dense
 from raydistill.cache.dense_audit import DenseAudit, audit_draws
-from raydistill.cache.dense_capture import OWN_FIELDS, capture_draws, signal_meta
+from raydistill.cache.dense_capture import capture_draws, own_fields, signal_meta
 from raydistill.cache.ledger import write_description
 from raydistill.cache.manifest import FieldRecord
 from raydistill.cache.shards import field_records, publish_record
 from raydistill.cache.signal_job import SignalJob, audit_if_changed
-from raydistill.config.teachers import NoisePredictionTeacher
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher
 from raydistill.signals import JsonValue, Teacher
 from raydistill.storage import Store
 
 
-class NoisePredictionWorker:
+class DenoiserWorker:
     """Holds one teacher. Two calls may run at a time: while the teacher computes one shard, the other is written."""
 
     def __init__(self, job: SignalJob, tally: Any):
-        assert isinstance(job.teacher, NoisePredictionTeacher)
+        assert isinstance(job.teacher, NoisePredictionTeacher | OdeTrajectoryTeacher)
         assert job.noise is not None, "a denoiser is asked about noise"
         self._job, self._settings, self._noise, self._tally = job, job.teacher, job.noise, tally
         self._inputs, self._store = Store(job.inputs), Store(job.store)
@@ -83,5 +83,5 @@ def stored_fields(teacher: Teacher, dtype: torch.dtype) -> dict[str, FieldRecord
     """The fields of a signal as its manifest has them: the teacher's, stored as `dtype`, and those of the draws."""
     stored = str(dtype).removeprefix("torch.")
     fields = {n: f.model_copy(update={"dtype": stored}) for n, f in field_records(teacher.schema).items()}
-    every = {**fields, **field_records(OWN_FIELDS)}
+    every = {**fields, **field_records(own_fields(teacher))}
     return {n: f.model_copy(update={"dims": ("draw", *f.dims)}) for n, f in every.items()}

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from raydistill.cache.dense import dense_name
 from raydistill.cache.shards import open_shard
-from raydistill.config.sources import ImagesSource
+from raydistill.config.sources import Pictures
 from raydistill.errors import DataError
 from raydistill.signals import JsonValue
 from raydistill.sources.image_files import Place
@@ -65,7 +65,7 @@ def publish_tasks(staging: Store, work: Sequence[Unit]) -> None:
 class IndexWorker:
     """Reads and decodes units of images, once, and stages what is to be known of them."""
 
-    def __init__(self, source: ImagesSource, held_out: float, staging: str):
+    def __init__(self, source: Pictures, held_out: float, staging: str):
         self._source, self._held_out, self._staging = source, held_out, Store(staging)
 
     def __call__(self, index: int) -> dict[str, JsonValue]:
@@ -73,14 +73,14 @@ class IndexWorker:
         return {"unit": int(index), "rows": _stage_unit(self._staging, int(index), self._source, self._held_out)}
 
 
-def _stage_unit(staging: Store, index: int, source: ImagesSource, held_out: float) -> int:
+def _stage_unit(staging: Store, index: int, source: Pictures, held_out: float) -> int:
     """Read unit `index` and write the table of its rows. Returns their number."""
     unit = Unit.from_json(json.loads(staging.read(task_file(index))))
     lost = Lost()
     columns: list[tuple[ImageRow, Place]] = []
     found = rows(unit, source, held_out, lost)
     kept = f"unit-{index:06d}.images"
-    if any(part.file.kind == "parquet" for part in unit.parts):
+    if any(part.file.kind in ("parquet", "frames") for part in unit.parts):
 
         def copy(path: Path) -> None:
             with path.open("wb") as out:
@@ -140,7 +140,7 @@ class Plan:
     """Images smaller than their bucket."""
 
 
-def plan_shards(tables: Sequence[pa.Table], source: ImagesSource, buckets: tuple[Bucket, ...]) -> Plan:
+def plan_shards(tables: Sequence[pa.Table], source: Pictures, buckets: tuple[Bucket, ...]) -> Plan:
     """The rows of `tables`, as far as `max_rows`, sorted by (split, bucket, hash of the caption, row id) and cut into
     shards of one split, one bucket and at most `shard_rows` rows.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from raydistill.cache.dense_read import DenseDataset
+from raydistill.cache.episode_read import EpisodeDataset
 from raydistill.cache.read import Dataset
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.world import EpisodesSource
 from raydistill.storage import Store
 
 
@@ -19,10 +21,13 @@ def open_dataset(
     split: str,
     fields: Mapping[str, Sequence[str]],
     max_rows: int | None = None,
-) -> Dataset | DenseDataset:
-    """The samples of one split with the `fields` of each teacher's signal; both classes are `Samples`."""
+) -> Dataset | DenseDataset | EpisodeDataset:
+    """The samples of one split with the `fields` of each teacher's signal; all classes are `Samples`."""
     match config.source:
         case TextSource():
             return Dataset(inputs, signals, split=split, fields=fields, max_rows=max_rows)
-        case ImagesSource():
+        case EpisodesSource(action_rich=action_rich):
+            rich = action_rich if split == "train" else 0.0
+            return EpisodeDataset(inputs, signals, split=split, fields=fields, action_rich=rich, max_rows=max_rows)
+        case ImagesSource() | VideosSource() | PromptsSource():
             return DenseDataset(inputs, signals, config.source.noise, split=split, fields=fields, max_rows=max_rows)

@@ -18,16 +18,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raydistill.cache.audits import Audits, Loader, audit_average, audit_denoiser, audit_language_model
+from raydistill.cache.audits import Audits, Loader, audit_average, audit_denoiser, audit_language_model, audit_world
 from raydistill.cache.checks import duplicate_ids, file_fault, inputs_fault, manifest_faults, signal_fault
 from raydistill.cache.dense import read_dense
 from raydistill.cache.dense_checks import dense_inputs_fault, dense_signal_fault
+from raydistill.cache.episode_checks import episode_inputs_fault, world_signal_fault
 from raydistill.cache.ledger import MANIFEST, write_damaged
 from raydistill.cache.manifest import Manifest, ShardRecord
 from raydistill.cache.shards import read_index, read_records
 from raydistill.cache.signal_job import TeacherFactory
 from raydistill.config.schema import RunConfig
-from raydistill.config.teachers import NoisePredictionTeacher, TopKLogitsTeacher
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TopKLogitsTeacher
+from raydistill.config.world import WorldTeacher
 from raydistill.errors import VerificationFailed
 from raydistill.storage import Store
 from raydistill.teachers import build_teacher
@@ -65,7 +67,7 @@ def verify(
     damages = check_inputs(inputs, inputs_manifest)
     write_damaged(inputs, {damage.shard: damage.what for damage in damages})
     print(_line(inputs, inputs_manifest, damages), flush=True)
-    names = [teacher.name for teacher in config.teachers]
+    names = [teacher.name for teacher in config.teachers if teacher.name in signals]
     for name in [*names, *(name for name in signals if name not in names)]:
         store, manifest = signals[name]
         found = check_signal(store, manifest, inputs, inputs_manifest)
@@ -78,8 +80,10 @@ def verify(
             match next((teacher for teacher in config.teachers if teacher.name == name), None):
                 case TopKLogitsTeacher() as teacher:
                     audit = audit_language_model(config, teacher, store, manifest, inputs, sample, load=load)
-                case NoisePredictionTeacher() as teacher:
+                case (NoisePredictionTeacher() | OdeTrajectoryTeacher()) as teacher:
                     audit = audit_denoiser(config, teacher, store, manifest, inputs, sample, factory)
+                case WorldTeacher() as teacher:
+                    audit = audit_world(config, teacher, store, manifest, inputs, sample, factory)
                 case None:
                     audit = audit_average(config, signals, store, manifest, sample)
             found += [Damage(store.uri, shard, fault) for shard, fault in audit.faults.items()]
@@ -102,15 +106,17 @@ def require_sound(damages: Sequence[Damage]) -> None:
 
 def check_inputs(store: Store, manifest: Manifest) -> list[Damage]:
     """Levels 1 to 3 of an inputs cache."""
-    images = "latents" in manifest.fields
+    images, episodes = "time_ids" in manifest.fields, "actions" in manifest.fields
 
     def deeper(record: ShardRecord) -> str | None:
         if images:
             return dense_inputs_fault(store, record, manifest.facts)
+        if episodes:
+            return episode_inputs_fault(store, record, manifest.facts)
         return inputs_fault(store, record, vocab_size=int(str(manifest.facts["vocab_size"])))
 
     def ids(record: ShardRecord) -> list[str]:
-        return read_dense(store, record.name).row_ids if images else read_index(store, record.name).row_ids
+        return read_dense(store, record.name).row_ids if images or episodes else read_index(store, record.name).row_ids
 
     found = _check(store, manifest, None, deeper)
     if not found and (twice := duplicate_ids(map(ids, manifest.shards))):
@@ -120,7 +126,8 @@ def check_inputs(store: Store, manifest: Manifest) -> list[Damage]:
 
 def check_signal(store: Store, manifest: Manifest, inputs: Store, inputs_manifest: Manifest) -> list[Damage]:
     """Levels 1 to 3 of a signal cache, beside its inputs."""
-    fault = dense_signal_fault if "prediction" in manifest.fields else signal_fault
+    fault = dense_signal_fault if {"prediction", "path"} & set(manifest.fields) else signal_fault
+    fault = world_signal_fault if "frames" in manifest.fields else fault
 
     def deeper(record: ShardRecord) -> str | None:
         return fault(store, record, inputs, manifest.fields, manifest.facts)

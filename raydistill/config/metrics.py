@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from raydistill.config.sources import ImagesSource, TextSource
-from raydistill.config.teachers import TeacherConfig, TopKLogitsTeacher
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.teachers import OdeTrajectoryTeacher, TeacherConfig, TopKLogitsTeacher
 from raydistill.config.world import EpisodesSource
 
 if TYPE_CHECKING:
     from raydistill.config.schema import RunConfig
 
 
-WORLD_METRICS = ("mse_to_truth", "true_change_cosine", "change_cosine", "mse_to_teacher")
-"""Names of `evaluate.world_metrics.world_metrics`; the last two only where there are teachers."""
+WORLD_METRICS = ("mse_to_truth", "true_change_cosine")
+"""Names of the metrics of `evaluate.world_metrics.WorldValidator`."""
 
 
 def training_metrics(config: RunConfig) -> tuple[str, ...]:
@@ -22,7 +22,9 @@ def training_metrics(config: RunConfig) -> tuple[str, ...]:
     match config.source:
         case TextSource():
             return language_metrics(config.teachers)
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource():
+            if few_steps(config):
+                return trajectory_metrics(config)
             return denoiser_metrics(config.teachers, averaged=config.cache.store == "average")
         case EpisodesSource():
             return WORLD_METRICS
@@ -36,6 +38,20 @@ def language_metrics(teachers: Sequence[TeacherConfig]) -> tuple[str, ...]:
     if any(isinstance(t, TopKLogitsTeacher) and t.top_k for t in teachers):
         names.append("top1_agreement")
     return tuple(names)
+
+
+def few_steps(config: RunConfig) -> bool:
+    """Whether the student is measured as one of few steps: by what it makes, not by what it predicts of noise."""
+    return config.student.generator is not None
+
+
+def trajectory_metrics(config: RunConfig) -> tuple[str, ...]:
+    """Names of `evaluate.trajectory.trajectory_metrics`; empty where no teacher keeps trajectories to compare with."""
+    if not any(isinstance(t, OdeTrajectoryTeacher) for t in config.teachers):
+        return ()
+    assert config.student.generator is not None, "asked for the steps of a student that has none"
+    steps = len(config.student.generator.t_list) - 1
+    return ("mse_to_teacher", *(f"mse_from/{i}" for i in range(steps)))
 
 
 def denoiser_metrics(teachers: Sequence[TeacherConfig], *, averaged: bool) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from raydistill.config.load import Draft, Origins, read_section
 from raydistill.config.metrics import training_metrics
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.spaces import Point, all_points, drawn_points, listed, probes, settings, size
 from raydistill.config.sweep import PopulationBased, RunToTheEnd, Simplex, SweepConfig, is_listed
 from raydistill.errors import ConfigError
@@ -119,7 +119,7 @@ def costs(config: RunConfig) -> tuple[str, ...]:
     match config.source:
         case TextSource():
             return ("parameters", "bytes", "tokens_per_second")
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource():
             return ("parameters", "bytes", "samples_per_second")
 
 

@@ -39,7 +39,10 @@ _PREDICTIONS: dict[str, PredictionType] = {
     "flow": "flow",
 }
 """Names in scheduler configurations, and ours."""
-_BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+_BETAS = (
+    "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "snr_shift_scale",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,12 +183,17 @@ class Process:
             "SNR). Set source.noise.prediction_type: v_prediction, or end source.noise.timesteps before it."
         )
 
-    def differs(self, other: Process) -> str | None:
-        """Words for where the schedules of two processes differ; None where they are one, whatever is predicted."""
+    def differs(self, other: Process, *, timesteps: bool = True) -> str | None:
+        """Words for where the schedules of two processes differ; None where they are one, whatever is predicted.
+
+        Without `timesteps` flows of another shift are one: the same path from noise to data, in other steps.
+        """
         if self.kind != other.kind:
             return f"{self.kind} and {other.kind}"
         if self.num_timesteps != other.num_timesteps:
             return f"{self.num_timesteps} and {other.num_timesteps} timesteps"
+        if self.kind == "flow" and not timesteps:
+            return None
         apart = ((self.alphas - other.alphas).abs() > 1e-6) | ((self.sigmas - other.sigmas).abs() > 1e-6)
         if not apart.any():
             return None
@@ -322,6 +330,8 @@ def _alpha_bar(schedule: Mapping[str, JsonValue], name: str) -> Tensor:
                 "Name another scheduler with model.scheduler."
             )
     alpha_bar = torch.cumprod(1 - betas, 0)
+    if shift := float(str(schedule.get("snr_shift_scale", 0))):  # SNR / shift: Yang et al. 2024, arXiv 2408.06072
+        alpha_bar = alpha_bar / (shift + (1 - shift) * alpha_bar)
     if schedule.get("rescale_betas_zero_snr"):  # Lin et al. 2023, arXiv 2305.08891, Alg. 1
         root = alpha_bar.sqrt()
         alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.evaluate.job import EvaluateJob, student_in
 from raydistill.evaluate.language import measure_speed, model_size, open_held_out
 
@@ -29,7 +29,7 @@ def student_costs(job: EvaluateJob, *, speed: bool) -> dict[str, float]:
             model = cast(PreTrainedModel, student)
             speeds = [measure_speed(model, rows, seconds=TURN_SECONDS) for _ in range(TURNS)]
             return {**found, "tokens_per_second": max(speeds)}
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource():
             from raydistill.evaluate.denoiser import open_held_out_draws, process_in
             from raydistill.evaluate.images import Measured, forward_costs
 

@@ -17,10 +17,12 @@ import torch
 from pyarrow import fs
 
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.world import EpisodesSource
 from raydistill.evaluate.job import student_of
 from raydistill.export.images import image_card, write_images
 from raydistill.export.text import text_card, write_text
+from raydistill.export.worlds import world_card, write_worlds
 from raydistill.models.student import COMPACT
 from raydistill.signals import JsonValue
 from raydistill.storage import Store, full_disk_explained, readable_by_others
@@ -57,8 +59,10 @@ def _write(config: RunConfig, run: Store, weights: str, folder: Path) -> None:
     match config.source:
         case TextSource():
             write_text(config, student, folder)
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource():
             write_images(config, student, folder)
+        case EpisodesSource():
+            write_worlds(config, student, folder)
     (folder / "README.md").write_text(model_card(config, _metrics(run), folder))
     for path in folder.rglob("*"):
         if path.is_file():
@@ -70,8 +74,10 @@ def model_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path
     match config.source:
         case TextSource():
             return text_card(config, metrics, has_compact=folder is not None and (folder / COMPACT).exists())
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource():
             return image_card(config, metrics, folder)
+        case EpisodesSource():
+            return world_card(config, metrics)
 
 
 def _replace(part: Path, final: Path) -> None:

@@ -55,10 +55,7 @@ class SpaceFacts:
 
     def to_json(self) -> dict[str, JsonValue]:
         """As it stands in the facts of a cache."""
-        facts: dict[str, JsonValue] = {
-            "latent_channels": self.channels, "vae_factor": self.factor, "scaling": self.scaling
-        }  # fmt: skip
-        return facts if self.frame_factor == 1 else {**facts, "vae_frame_factor": self.frame_factor}
+        return {"latent_channels": self.channels, "vae_factor": self.factor, "scaling": self.scaling}
 
     def latent_shape(self, size: tuple[int, int], frames: int | None) -> tuple[int, ...]:
         """Shape of the latents of pictures of a height and width: (channels, height, width), of clips with their frames

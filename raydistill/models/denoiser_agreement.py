@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raydistill.config.models import DiffusersModel
+from raydistill.config.recipes import NoisePredictionRecipe
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, NoiseConfig
+from raydistill.config.sources import ImagesSource, LatentSource, NoiseConfig
 from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError
 from raydistill.models.autoencoder import space_facts
@@ -21,13 +22,16 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
     schedule, and predictions that can be stated as `source.noise.prediction_type`. Reads no weights.
     """
     student = config.student.model
-    assert isinstance(config.source, ImagesSource) and isinstance(student, DiffusersModel)  # noqa: PT018
-    noise = config.source.noise
+    assert isinstance(student, DiffusersModel), "denoisers are models of diffusers"
+    source = config.latents
+    noise = source.noise
+    # Whether anything is learned at timesteps that are drawn; trajectories have times of their own.
+    drawn = any(isinstance(phase.recipe, NoisePredictionRecipe) for phase in config.phases)
     models = {"student.model": student}
     models |= {f"teachers.{t.name}": t.model for t in config.teachers if isinstance(t.model, DiffusersModel)}
     processes = {where: process_of(model) for where, model in models.items()}
     for where, process in processes.items():
-        apart = process.differs(processes["student.model"])
+        apart = process.differs(processes["student.model"], timesteps=drawn)
         if apart is not None:
             raise ConfigError(
                 f"{where} ({models[where].source}): wanted the noise schedule of the student ({student.source}), found "
@@ -36,10 +40,11 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
             )
     seen: list[DiffusersModel] = []
     for where, model in models.items():
-        require_convertible(processes[where], noise, where=where)
+        if drawn:
+            require_convertible(processes[where], noise, where=where)
         if model not in seen:
             seen.append(model)
-            _require_fit(config.source, shapes_of(empty_denoiser(model)), buckets, f"{where} ({model.source})")
+            _require_fit(source, shapes_of(empty_denoiser(model)), buckets, f"{where} ({model.source})")
 
 
 def require_convertible(process: Process, noise: NoiseConfig, *, where: str) -> None:
@@ -63,8 +68,9 @@ def require_convertible(process: Process, noise: NoiseConfig, *, where: str) -> 
             )
 
 
-def _require_fit(source: ImagesSource, shapes: Shapes, buckets: Sequence[tuple[int, int]], where: str) -> None:
-    space, text = space_facts(source.vae), text_facts(source.text_encoders)
+def _require_fit(source: LatentSource, shapes: Shapes, buckets: Sequence[tuple[int, int]], where: str) -> None:
+    clips = not isinstance(source, ImagesSource) and source.frames is not None
+    space, text = space_facts(source.vae, clips=clips), text_facts(source.text_encoders)
     if shapes.latent_channels != space.channels:
         what = "pixels (source.vae: none)" if source.vae == "none" else f"source.vae ({source.vae.source})"
         raise ConfigError(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from diffusers.training_utils import generate_aspect_ratio_buckets
 
-from raydistill.config.sources import ImagesSource
+from raydistill.config.sources import Pictures
 from raydistill.sources.pixels import Bucket
 
 WIDE_RATIOS = (2.5, 3.0, 4.0)
 """Ratios of sides beyond the 2:1 at which diffusers' own list ends."""
 
 
-def buckets_of(source: ImagesSource) -> tuple[Bucket, ...]:
+def buckets_of(source: Pictures) -> tuple[Bucket, ...]:
     """The sizes that images are brought to: those of the configuration, or else about `resolution`² pixels each, with
     sides in multiples of `bucket_step` and at most `max_aspect` apart. Sorted."""
     if source.buckets:

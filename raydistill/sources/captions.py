@@ -15,9 +15,10 @@ from pyarrow import fs
 
 from raydistill.errors import DataError
 from raydistill.sources.files import open_uri
-from raydistill.sources.image_files import ImageFile, kind_of
+from raydistill.sources.image_files import FRAMES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, ImageFile
 
 METADATA = "metadata.jsonl"
+LOOSE = IMAGE_SUFFIXES | VIDEO_SUFFIXES | {FRAMES}
 FILE_NAME = "file_name"
 
 
@@ -39,7 +40,7 @@ def find_captions(files: Iterable[ImageFile], caption_key: str) -> Captions:
     Raises `DataError` for a metadata file that is no JSON lines, names a file that is not there or one twice, or in
     which no line has `caption_key`.
     """
-    images = {file.uri: file for file in files if file.kind == "image"}
+    images = {file.uri: file for file in files if file.is_loose}
     folders = _Folders()
     texts: dict[str, str | None] = {}
     sidecars: dict[str, str] = {}
@@ -83,7 +84,7 @@ def caption_text(value: object, where: str, key: str) -> str | None:
 
 
 class _Folders:
-    """Names of the files in folders, each listed once."""
+    """Names of the files and of the folders of frames in folders, each listed once."""
 
     def __init__(self) -> None:
         self._names: dict[str, set[str]] = {}
@@ -92,7 +93,9 @@ class _Folders:
         if folder not in self._names:
             filesystem, path = fs.FileSystem.from_uri(folder) if "://" in folder else (fs.LocalFileSystem(), folder)
             infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-            self._names[folder] = {info.base_name for info in infos if info.type == fs.FileType.File}
+            self._names[folder] = {
+                i.base_name for i in infos if i.type == fs.FileType.File or i.base_name.endswith(FRAMES)
+            }
         return self._names[folder]
 
 
@@ -123,7 +126,9 @@ def _read_metadata(uri: str, caption_key: str, folders: _Folders) -> dict[str, s
             raise DataError(f"{where}: wanted the image's path in {FILE_NAME!r}, found the keys {_shown(record)}")
         inside, _, base = name.rpartition("/")
         image = f"{folder}/{name}"
-        if kind_of(PurePosixPath(name)) != "image" or base not in folders.names(f"{folder}/{inside}".rstrip("/")):
+        if PurePosixPath(name).suffix.lower() not in LOOSE or base not in folders.names(
+            f"{folder}/{inside}".rstrip("/")
+        ):
             absent.append(f"{name} ({where.rpartition(', ')[2]})")
         if image in captions:
             raise DataError(f"{where}: {name} has a line already; wanted one line per image")

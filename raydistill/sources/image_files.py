@@ -1,4 +1,4 @@
-"""Files of images: loose ones, Parquet and WebDataset tars; finding, naming, opening and hashing them."""
+"""Files of images or of video clips: loose ones, Parquet and WebDataset tars; finding, naming and hashing them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from raydistill.models.hashes import group_hashes
 from raydistill.signals import JsonValue
 from raydistill.sources.files import DataFile, content_hashes, listed, open_uri
 
-Kind = Literal["image", "parquet", "tar"]
+Kind = Literal["image", "frames", "parquet", "tar"]
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"]
 )
+VIDEO_SUFFIXES = frozenset([".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".webp", ".gif"])
+FRAMES = ".frames"
+"""Suffix of a folder that is one clip."""
 CONTAINERS: dict[str, Kind] = {".parquet": "parquet", ".tar": "tar"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class ImageFile:
-    """An image, or a container of images. `name` is what row ids carry."""
+    """An image or a clip, or a container of them. `name` is what row ids carry."""
 
     name: str
     uri: str
@@ -30,6 +33,13 @@ class ImageFile:
     kind: Kind
     root: str
     """The folder of `source.paths` that it was found below."""
+    frames: tuple[str, ...] = ()
+    """URIs of the images of a folder of frames, in order."""
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether it is one image or clip by itself."""
+        return self.kind in ("image", "frames")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +61,34 @@ class Place:
             return stream.read(self.size)
 
 
-def kind_of(path: PurePosixPath) -> Kind | None:
-    """What a file is by its suffix, None for anything but images and their containers."""
+def kind_of(path: PurePosixPath, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Kind | None:
+    """What a file is by its suffix, None for anything but images (those of `suffixes`) and their containers."""
     suffix = path.suffix.lower()
-    return "image" if suffix in IMAGE_SUFFIXES else CONTAINERS.get(suffix)
+    return "image" if suffix in suffixes else CONTAINERS.get(suffix)
 
 
-def find_image_files(paths: Sequence[str]) -> list[ImageFile]:
-    """Every file of `paths` (files, folders, globs, URIs, `package://`, `pypi://`), by name, each once.
+def find_image_files(paths: Sequence[str], *, clips: bool = False) -> list[ImageFile]:
+    """Every image of `paths` (files, folders, globs, URIs, `package://`, `pypi://`), by name, each once; with `clips`
+    every video clip instead, folders of frames among them.
 
     A name is the path below the folder that `paths` names; where there are several such folders, with as much of their
     own path in front as tells them apart. So names do not change when files come along, or when a folder moves.
-    Raises `DataError` when a path gives no image.
+    Raises `DataError` when a path gives none.
     """
     roots: dict[str, str] = {}
     sizes: dict[str, int] = {}
+    frames: dict[str, list[str]] = {}
+    suffixes = VIDEO_SUFFIXES if clips else IMAGE_SUFFIXES
     for path in paths:
-        root, found = listed(path, _is_data)
-        known = {uri: size for uri, size in found.items() if kind_of(PurePosixPath(uri))}
+        root, found = listed(path, lambda inside: _is_data(inside, suffixes, clips))
+        known = {uri: size for uri, size in found.items() if kind_of(PurePosixPath(uri), suffixes)}
+        if clips:
+            known = _with_frames(found, known, frames)
         if not known:
+            what, files = ("clip", "clips") if clips else ("image", "image files")
+            more = ", folders *.frames" if clips else ""
             raise DataError(
-                f"source.paths: {path} gives no image; wanted image files ({', '.join(sorted(IMAGE_SUFFIXES))}), "
+                f"source.paths: {path} gives no {what}; wanted {files} ({', '.join(sorted(suffixes))}){more}, "
                 ".parquet or .tar there"
             )
         for uri in known:
@@ -80,14 +97,34 @@ def find_image_files(paths: Sequence[str]) -> list[ImageFile]:
     labels = _labels(sorted(set(roots.values())))
     files = []
     for uri, root in roots.items():
-        kind = kind_of(PurePosixPath(uri))
+        kind: Kind | None = "frames" if uri in frames else kind_of(PurePosixPath(uri), suffixes)
         assert kind is not None
-        files.append(ImageFile(labels[root] + uri[len(root) :].lstrip("/"), uri, sizes[uri], kind, root))
+        name, members = labels[root] + uri[len(root) :].lstrip("/"), tuple(sorted(frames.get(uri, ())))
+        files.append(ImageFile(name, uri, sizes[uri], kind, root, members))
     return sorted(files)
 
 
-def _is_data(path: PurePosixPath) -> bool:
-    return kind_of(path) is not None and not any(part.startswith((".", "_")) for part in path.parts)
+def _is_data(path: PurePosixPath, suffixes: frozenset[str], clips: bool) -> bool:
+    if any(part.startswith((".", "_")) for part in path.parts):
+        return False
+    return kind_of(path, suffixes) is not None or (clips and _frames_folder(path) is not None)
+
+
+def _frames_folder(path: PurePosixPath) -> str | None:
+    """The folder of frames that an image lies in."""
+    return str(path.parent) if path.parent.suffix == FRAMES and path.suffix.lower() in IMAGE_SUFFIXES else None
+
+
+def _with_frames(found: Mapping[str, int], known: dict[str, int], frames: dict[str, list[str]]) -> dict[str, int]:
+    """`known` sizes with folders of frames in place of their images, which are listed in `frames`."""
+    sizes = {uri: size for uri, size in known.items() if PurePosixPath(uri).parent.suffix != FRAMES}
+    for uri, size in found.items():
+        if uri.rpartition("/")[0].endswith(FRAMES) and PurePosixPath(uri).suffix.lower() in IMAGE_SUFFIXES:
+            folder = uri.rpartition("/")[0]
+            if uri not in frames.setdefault(folder, []):
+                frames[folder].append(uri)
+            sizes[folder] = sizes.get(folder, 0) + size
+    return sizes
 
 
 def _labels(roots: Sequence[str]) -> dict[str, str]:
@@ -104,8 +141,10 @@ def file_content(files: Sequence[ImageFile], captions: Mapping[str, str]) -> dic
 
     `captions` are the caption files, URI by name.
     """
-    containers = [_data_file(file.name, file.uri) for file in files if file.kind != "image"]
+    containers = [_data_file(file.name, file.uri) for file in files if not file.is_loose]
     loose = {file.name: file.uri for file in files if file.kind == "image"} | dict(captions)
+    for file in files:
+        loose |= {f"{file.name}/{uri.rpartition('/')[2]}": uri for uri in file.frames}
     content: dict[str, JsonValue] = {"files": dict(content_hashes(containers))}
     if not loose:
         return content

@@ -1,4 +1,4 @@
-"""Images with captions: the units of work, what defines them, and the rows of one unit.
+"""Images or video clips with captions: the units of work, what defines them, and the rows of one unit.
 
 Everything here is a function of the files and the configuration: never of workers or of where the folders lie.
 A row's id is the name of its image file, or that of its Parquet file or tar with `#` and the record's number or key.
@@ -18,12 +18,14 @@ from typing import Literal, TypeAlias, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
-from raydistill.config.sources import ImagesSource
+from raydistill.config.sources import Pictures, VideosSource
 from raydistill.errors import DataError
 from raydistill.signals import JsonValue
 from raydistill.sources.captions import Captions, caption_text, find_captions, read_sidecar
-from raydistill.sources.image_files import ImageFile, Place, find_image_files
+from raydistill.sources.clips import packed, read_clip
+from raydistill.sources.image_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ImageFile, Place, find_image_files
 from raydistill.sources.pixels import Unreadable, decoded
 from raydistill.sources.splits import LONE_SURROGATE, Split, split_of
 from raydistill.sources.tars import Sample, samples
@@ -65,7 +67,8 @@ class Unit:
         parts = []
         for part in cast("list[dict]", plain["parts"]):
             groups = part["row_groups"]
-            given = {"file": ImageFile(**part["file"]), "row_groups": None if groups is None else tuple(groups)}
+            file = ImageFile(**(part["file"] | {"frames": tuple(part["file"]["frames"])}))
+            given = {"file": file, "row_groups": None if groups is None else tuple(groups)}
             parts.append(Part(**(part | given)))
         return cls(cast(int, plain["index"]), tuple(parts), cast(int, plain["num_bytes"]))
 
@@ -102,9 +105,9 @@ class Lost:
         self.images.append((name, reason, details))
 
 
-def units(source: ImagesSource) -> list[Unit]:
+def units(source: Pictures) -> list[Unit]:
     """The source cut into units of work, in source order. Raises `DataError` for missing, empty or broken files."""
-    files = find_image_files(source.paths)
+    files = find_image_files(source.paths, clips=isinstance(source, VideosSource))
     captions = captions_of(files, source)
     grouped: list[tuple[list[Part], int]] = []
     for part, size in (pair for file in files for pair in _parts(file, captions)):
@@ -117,14 +120,14 @@ def units(source: ImagesSource) -> list[Unit]:
     return [Unit(index, tuple(members), total) for index, (members, total) in enumerate(grouped)]
 
 
-def captions_of(files: list[ImageFile], source: ImagesSource) -> Captions:
+def captions_of(files: list[ImageFile], source: Pictures) -> Captions:
     """The captions of loose images, where text encoders are to read them."""
     return find_captions(files, source.caption_key) if source.text_encoders else Captions({}, {}, {})
 
 
 def _parts(file: ImageFile, captions: Captions) -> list[tuple[Part, int]]:
     match file.kind:
-        case "image":
+        case "image" | "frames":
             return [(Part(file, None, captions.texts.get(file.uri), captions.sidecars.get(file.uri)), file.size)]
         case "tar":
             return [(Part(file), file.size)]
@@ -137,7 +140,7 @@ def _parts(file: ImageFile, captions: Captions) -> list[tuple[Part, int]]:
             return [(Part(file, tuple(members)), sum(sizes[i] for i in members)) for members in groups]
 
 
-def rows(unit: Unit, source: ImagesSource, held_out: float, lost: Lost) -> Iterator[ImageRow]:
+def rows(unit: Unit, source: Pictures, held_out: float, lost: Lost) -> Iterator[ImageRow]:
     """The rows of one unit; `held_out` is the share of images that is kept out of training.
 
     Images that give no row are added to `lost`. Raises `DataError` for a container that is broken as a whole, or has
@@ -145,7 +148,7 @@ def rows(unit: Unit, source: ImagesSource, held_out: float, lost: Lost) -> Itera
     """
     for part in unit.parts:
         match part.file.kind:
-            case "image":
+            case "image" | "frames":
                 found = _loose(part, source)
             case "parquet":
                 found = _parquet(part, source)
@@ -156,7 +159,7 @@ def rows(unit: Unit, source: ImagesSource, held_out: float, lost: Lost) -> Itera
                 lost.add(name, "unreadable", data)
                 continue
             try:
-                image = decoded(data, source.background)
+                image = pictures(data, source)[0]
             except Unreadable as error:
                 lost.add(name, "unreadable", str(error))
                 continue
@@ -169,19 +172,30 @@ def rows(unit: Unit, source: ImagesSource, held_out: float, lost: Lost) -> Itera
             yield ImageRow(name, split, text, image.height, image.width, sha.digest(), place, data)
 
 
+def pictures(data: bytes, source: Pictures) -> list[Image.Image]:
+    """The picture of an image file, or the frames that are wanted of a clip; raises `Unreadable`."""
+    if isinstance(source, VideosSource):
+        return read_clip(data, frames=source.frames, fps=source.fps, background=source.background)
+    return [decoded(data, source.background)]
+
+
 _Found: TypeAlias = "Iterator[tuple[str, bytes | str, str | None, Place | None]]"
 """Row id, bytes (or why there are none), caption and place of each image of a part."""
 
 
-def _loose(part: Part, source: ImagesSource) -> _Found:
-    place = Place(part.file.uri, 0, part.file.size)
+def _loose(part: Part, source: Pictures) -> _Found:
     caption = part.caption
     if part.sidecar is not None:
         caption = read_sidecar(part.sidecar)
     try:
-        yield part.file.name, place.read(), caption, place
+        if part.file.kind == "frames":
+            members = [(uri, Place(uri, 0, 0).open().read()) for uri in part.file.frames]
+            yield part.file.name, packed(members), caption, None
+        else:
+            place = Place(part.file.uri, 0, part.file.size)
+            yield part.file.name, place.read(), caption, place
     except OSError as error:
-        yield part.file.name, f"cannot be read: {error}", caption, place
+        yield part.file.name, f"cannot be read: {error}", caption, None
 
 
 def _open_parquet(file: ImageFile) -> pq.ParquetFile:
@@ -191,7 +205,7 @@ def _open_parquet(file: ImageFile) -> pq.ParquetFile:
         raise _broken(file, error) from error
 
 
-def _parquet(part: Part, source: ImagesSource) -> _Found:
+def _parquet(part: Part, source: Pictures) -> _Found:
     file = part.file
     table = _open_parquet(file)
     present = table.schema_arrow.names
@@ -214,7 +228,7 @@ def _parquet(part: Part, source: ImagesSource) -> _Found:
         raise _broken(file, error) from error
 
 
-def _image_bytes(value: object, where: str, source: ImagesSource) -> bytes | str:
+def _image_bytes(value: object, where: str, source: Pictures) -> bytes | str:
     """The bytes in a cell: as such, or in the field `bytes` of a struct (with `path`), as `datasets` writes images."""
     if isinstance(value, dict) and "bytes" in value:
         value = value["bytes"]
@@ -230,12 +244,13 @@ def _image_bytes(value: object, where: str, source: ImagesSource) -> bytes | str
     return value
 
 
-def _tar(part: Part, source: ImagesSource) -> _Found:
+def _tar(part: Part, source: Pictures) -> _Found:
     file = part.file
     count, captions = 0, 0
     seen: set[str] = set()
     try:
-        for sample in samples(file, source.caption_key if source.text_encoders else None):
+        suffixes = VIDEO_SUFFIXES if isinstance(source, VideosSource) else IMAGE_SUFFIXES
+        for sample in samples(file, source.caption_key if source.text_encoders else None, suffixes):
             seen |= set(sample.extensions)
             count += 1
             captions += sample.caption is not None
@@ -262,7 +277,7 @@ def _broken(file: ImageFile, error: Exception) -> DataError:
     )
 
 
-def require_enough(num_rows: int, lost: Lost, source: ImagesSource) -> None:
+def require_enough(num_rows: int, lost: Lost, source: Pictures) -> None:
     """Raise `DataError`, naming the first images that gave no row, when their share is above `max_corrupt`, or when
     there is no row at all."""
     total = num_rows + len(lost.images)

@@ -37,16 +37,16 @@ def decoded(data: bytes, background: tuple[int, int, int]) -> Image.Image:
         with Image.open(BytesIO(data)) as image:
             image.load()
             orientation = image.getexif().get(ORIENTATION)
-            flat = _flat(image, background)
+            upright = flat(image, background)
     except Unreadable:
         raise
     except Exception as error:  # Pillow's plugins raise whatever broken bytes make them stumble over
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unreadable(reason.split(" <_io.BytesIO", 1)[0]) from error
-    return flat.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else flat
+    return upright.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else upright
 
 
-def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """8-bit RGB without transparency."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint32)

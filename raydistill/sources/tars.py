@@ -27,9 +27,11 @@ class Sample:
     extensions: list[str] = field(default_factory=list)
 
 
-def samples(file: ImageFile, caption_key: str | None) -> Iterator[Sample]:
-    """The samples of a tar in order. A caption is the `.txt`, else `.<caption_key>`, else `caption_key` in the `.json`;
-    none is looked for where `caption_key` is None.
+def samples(file: ImageFile, caption_key: str | None, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Iterator[Sample]:
+    """The samples of a tar in order, whose images (or clips) are the files with one of `suffixes`.
+
+    A caption is the `.txt`, else `.<caption_key>`, else `caption_key` in the `.json`; none is looked for where
+    `caption_key` is None.
 
     Raises `DataError` for captions that are no text, and what `tarfile` raises for a broken tar.
     """
@@ -48,7 +50,7 @@ def samples(file: ImageFile, caption_key: str | None) -> Iterator[Sample]:
             if sample is None:
                 sample, texts = Sample(key), {}
             sample.extensions.append(extension)
-            is_image = f".{extension.lower()}" in IMAGE_SUFFIXES
+            is_image = f".{extension.lower()}" in suffixes
             if is_image and sample.data is None:
                 sample.data = _content(tar, member)
                 sample.place = Place(file.uri, member.offset_data, member.size)
