@@ -46,6 +46,10 @@ class TrainingDiverged(RaydistillError):
     """The loss became NaN, infinite or exploded."""
 
 
+class StorageFailed(RaydistillError):
+    """A store could not be read or written, though it was tried several times."""
+
+
 class OutOfSpace(RaydistillError):
     """A file could not be written because the disk is full."""
 

@@ -17,11 +17,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+import pyarrow as pa
 from pyarrow import fs
 
-from raydistill.errors import DataError, OutOfSpace
+from raydistill.errors import DataError, OutOfSpace, StorageFailed
 
+V = TypeVar("V")
+RETRY_SECONDS = (1.0, 3.0, 9.0, 27.0)
+"""Pauses before an object store is asked again."""
 LEFTOVER_SECONDS = 24 * 3600
 """An unfinished file that nobody wrote to for this long has no writer any more."""
 
@@ -53,23 +58,29 @@ class Store:
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder `name` is there."""
-        return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
+        found = self._patiently(lambda: self.filesystem.get_file_info(self.path(name)), f"look for {self.uri}/{name}")
+        return found.type != fs.FileType.NotFound
 
     def names(self) -> list[str]:
         """Names of the files directly in this folder, sorted; leftovers of interrupted writes are not among them."""
         selector = fs.FileSelector(self.root, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
+        infos = self._patiently(lambda: self.filesystem.get_file_info(selector), f"list {self.uri}")
         return sorted(i.base_name for i in infos if i.type == fs.FileType.File and not i.base_name.startswith(".tmp-"))
 
     def size(self, name: str) -> int:
         """Bytes of file `name`."""
-        return int(self.filesystem.get_file_info(self.path(name)).size)
+        info = self._patiently(lambda: self.filesystem.get_file_info(self.path(name)), f"look for {self.uri}/{name}")
+        return int(info.size)
 
     def read(self, name: str) -> bytes:
         """Content of file `name`; `DataError` when it is missing or cannot be read."""
-        try:
+
+        def act() -> bytes:
             with self.filesystem.open_input_stream(self.path(name)) as stream:
                 return bytes(stream.read())
+
+        try:
+            return self._patiently(act, f"read {self.uri}/{name}")
         except OSError as error:
             raise DataError(f"cannot read {self.uri}/{name}: {error}") from error
 
@@ -99,10 +110,64 @@ class Store:
             return digest.result()
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "file"
-            _write(part, write)
-            with self.filesystem.open_output_stream(self.path(name)) as out, part.open("rb") as source:
-                shutil.copyfileobj(source, out, 8 << 20)
+            with full_disk_explained(part):
+                _write(part, write)
+            self._patiently(lambda: self._put(part, name), f"write {self.uri}/{name}")
             return _sha256(part)
+
+    def _put(self, part: Path, name: str) -> None:
+        """Send a local file as one object.
+
+        In a single call, since a stream that is left by an exception, such as that of Ctrl-C, is closed, and closing
+        makes an object of what was sent so far.
+        """
+        size = part.stat().st_size
+        with self.filesystem.open_output_stream(self.path(name)) as out:
+            if size:
+                out.write(pa.memory_map(str(part)).read_buffer())
+        found = self.filesystem.get_file_info(self.path(name)).size
+        if found != size:
+            raise OSError(f"{found} of {size} bytes arrived")
+
+    def _patiently(self, act: Callable[[], V], what: str) -> V:
+        """`act`, tried again for a while when an object store is busy or out of reach. A local disk is asked once.
+
+        (What lies under `pyarrow.fs` tries every request three times by itself, within a second or two.)
+        """
+        for seconds in RETRY_SECONDS:
+            try:
+                return act()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if self.is_local or _is_refusal(error):
+                    raise
+                time.sleep(seconds)
+        try:
+            return act()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageFailed(
+                f"cannot {what}, tried {len(RETRY_SECONDS) + 1} times: {error}. What is finished is kept; run the same "
+                "command again when the store answers."
+            ) from error
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Have file `name` under a local path: a second name for it where that is possible, else a copy.
+
+        Raises `FileNotFoundError` when there is no such file.
+        """
+        if self.is_local:
+            with contextlib.suppress(OSError):  # on another disk, or one without hard links
+                path.hardlink_to(self.path(name))
+                return
+
+        def act() -> None:
+            with self.filesystem.open_input_stream(self.path(name)) as source, path.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 8 << 20)
+
+        self._patiently(act, f"read {self.uri}/{name}")
 
     def delete(self, name: str) -> None:
         """Remove file `name` if it is there."""
@@ -145,6 +210,11 @@ def local_folder(uri: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         fs.copy_files(store.path(), folder, source_filesystem=store.filesystem)
         yield Path(folder)
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Whether the store answered that it will not: asking again would not help."""
+    return any(word in str(error) for word in ("ACCESS_DENIED", "AccessDenied", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY"))
 
 
 def _write(path: Path, write: bytes | str | Callable[[Path], None]) -> None:

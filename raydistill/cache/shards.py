@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -369,14 +370,18 @@ class open_shard:
 
     def __enter__(self) -> pq.ParquetFile:
         try:
-            if self.store.is_local:
-                source: object = pa.memory_map(self.store.path(self.name))
-            else:
-                source = self.store.filesystem.open_input_file(self.store.path(self.name))
-            self.file = pq.ParquetFile(source, page_checksum_verification=True)
+            self.file = pq.ParquetFile(self._mapped(), page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise self._damaged(error) from error
         return self.file
+
+    def _mapped(self) -> pa.MemoryMappedFile:
+        if self.store.is_local:
+            return pa.memory_map(self.store.path(self.name))
+        with tempfile.TemporaryDirectory() as folder:  # fetched whole, so that a slow store is not taken for damage
+            path = Path(folder) / self.name
+            self.store.fetch(self.name, path)
+            return pa.memory_map(str(path))  # what is mapped outlives the file's name
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.file.close()

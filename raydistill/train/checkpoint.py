@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,13 +30,15 @@ from torch import Tensor
 
 from raydistill.cache.manifest import parsed
 from raydistill.config.base import Config
-from raydistill.errors import DataError
+from raydistill.errors import DataError, StorageFailed
 from raydistill.storage import Store
 from raydistill.train.ema import Ema
 from raydistill.train.engine import Engine
 from raydistill.train.masters import KINDS, Fragment
 
 CHECKPOINT_VERSION = 1
+SLOWEST_SECONDS = 1800.0
+"""Time that the other ranks' files of a checkpoint may take longer to reach an object store."""
 
 
 class Progressed(Config):
@@ -60,9 +65,13 @@ class Progressed(Config):
     """The phase's settings, which must not change while it runs."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one phase."""
+    """The checkpoints of one phase.
+
+    On a file system a checkpoint is there when `save` returns. On an object store it is sent while training goes on,
+    one at a time; `settle` waits for the last one.
+    """
 
     store: Store
     keep: int
@@ -85,14 +94,64 @@ class Checkpoints:
         if torch.cuda.is_available():
             tensors["random/cuda"], starts["random/cuda"] = torch.cuda.get_rng_state(), 0
         metadata = {"starts": json.dumps(starts)}
-        (self.store / name).publish(_file(rank, ranks), lambda path: save_file(tensors, path, metadata=metadata))
-        dist.barrier()
-        if rank == 0:
-            self.store.publish(_marker(progressed.step), progressed.model_dump_json(indent=1))
-            for step in self._steps()[: -self.keep]:
-                self.store.delete(_marker(step))  # first, so that half a checkpoint is never taken for one
-            self._sweep()
-        dist.barrier()
+
+        def write() -> None:
+            (self.store / name).publish(_file(rank, ranks), lambda path: save_file(tensors, path, metadata=metadata))
+
+        if self.store.is_local:
+            write()
+            dist.barrier()
+            if rank == 0:
+                self._complete(progressed)
+            dist.barrier()
+            return
+
+        def send() -> None:
+            write()
+            if rank == 0:
+                self._await([_file(r, ranks) for r in range(ranks)], name)
+                self._complete(progressed)
+
+        self.settle()
+        self._sending.append(self._sender.submit(send))
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is where it belongs, as far as this rank has a part in it.
+
+        Raises what sending it raised, `StorageFailed` above all.
+        """
+        while self._sending:
+            self._sending.pop().result()
+
+    def clear(self) -> None:
+        """Remove what belongs to no complete checkpoint; for one rank, before any of them saves."""
+        self._sweep()
+
+    @cached_property
+    def _sender(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="raydistill-checkpoint")
+
+    @cached_property
+    def _sending(self) -> list[Future[None]]:
+        return []
+
+    def _await(self, files: Sequence[str], folder: str) -> None:
+        """Wait for the files of the other ranks: in the background ranks cannot wait for each other by a barrier."""
+        deadline = time.monotonic() + SLOWEST_SECONDS
+        while missing := set(files) - set((self.store / folder).names()):
+            if time.monotonic() > deadline:
+                raise StorageFailed(
+                    f"{self.store.uri}/{folder}: {', '.join(sorted(missing))} did not arrive within "
+                    f"{SLOWEST_SECONDS / 60:.0f} minutes. The one before it is whole; run the same command again."
+                )
+            time.sleep(1)
+
+    def _complete(self, progressed: Progressed) -> None:
+        """Say that all the files are there, and drop the oldest checkpoints."""
+        self.store.publish(_marker(progressed.step), progressed.model_dump_json(indent=1))
+        for step in self._steps()[: -self.keep]:
+            self.store.delete(_marker(step))  # first, so that half a checkpoint is never taken for one
+        self._sweep()
 
     def load(self, progressed: Progressed, engines: Mapping[str, Engine], ema: Ema | None) -> None:
         """Bring this rank's share of the state of a checkpoint into the engines, whatever number of ranks wrote it."""
@@ -204,7 +263,7 @@ def _local(store: Store, num_ranks: int) -> Iterator[list[Path]]:
         return
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            Path(folder, name).write_bytes(store.read(name))
+            store.fetch(name, Path(folder, name))
         yield [Path(folder, name) for name in names]
 
 

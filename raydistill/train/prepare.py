@@ -18,11 +18,14 @@ from raydistill.cache.open import open_dataset
 from raydistill.cache.order import Order, Sampler
 from raydistill.cache.samples import Samples
 from raydistill.config.base import Config
+from raydistill.config.metrics import few_steps
 from raydistill.config.models import DiffusersModel
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.world import EpisodesSource, WorldModel
 from raydistill.errors import ConfigError
 from raydistill.models.assemble import own_state
 from raydistill.models.student import load_student
+from raydistill.models.world.model import WorldNetwork
 from raydistill.recipes import make_recipe
 from raydistill.recipes.base import Recipe, TeacherView
 from raydistill.signals import AVERAGE, Draws
@@ -31,6 +34,8 @@ from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.ema import Ema
 from raydistill.train.engine import Engine, ensure_process_group
 from raydistill.train.job import MAY_CHANGE, PhaseJob, require_same_settings
+from raydistill.train.online import online_teacher
+from raydistill.train.online_worlds import is_online, online_views
 from raydistill.train.parameters import groups_table, player_groups
 
 PLAYERS = "players.safetensors"
@@ -69,6 +74,9 @@ class Prepared:
 
     def resume(self) -> Progressed:
         """Load the newest complete checkpoint, if there is one."""
+        if self.rank == 0:
+            self.checkpoints.clear()
+        dist.barrier()  # a file of a killed run must not pass for one of this run
         progressed = self.checkpoints.latest()
         if progressed is None:
             return Progressed()
@@ -134,7 +142,8 @@ def prepare(job: PhaseJob, device: torch.device) -> Prepared:
     student = student_with(job, job.weights, dtype=torch.float32)
     if job.config.student.gradient_checkpointing:
         recompute_activations(student)
-    recipe = make_recipe(phase.recipe, student, teachers, job.config.source)
+    online = online_teacher(job, rank=dist.get_rank())
+    recipe = make_recipe(phase.recipe, student, teachers, job.config.source, online)
     take_over(job.weights, recipe)
     stores = {name: Store(uri) for name, uri in job.signals.items()}
     dataset = open_dataset(job.config, Store(job.inputs), stores, split="train", fields=recipe.reads)
@@ -195,11 +204,12 @@ def teacher_views(job: PhaseJob) -> dict[str, TeacherView]:
     if AVERAGE in job.signals:
         return {AVERAGE: TeacherView(AVERAGE, 1.0, open_manifest(Store(job.signals[AVERAGE])).facts)}
     chosen = [t for t in job.config.teachers if t.name in job.signals]
-    total = sum(t.weight for t in chosen)
-    return {
+    total = sum(t.weight for t in job.config.teachers if t.name in job.signals or is_online(t))
+    views = {
         t.name: TeacherView(t.name, t.weight / total if total else 0.0, open_manifest(Store(job.signals[t.name])).facts)
         for t in chosen
     }
+    return views | online_views(job, total)
 
 
 def student_with(job: PhaseJob, weights: str | None, *, dtype: torch.dtype) -> nn.Module:
@@ -212,7 +222,7 @@ def student_with(job: PhaseJob, weights: str | None, *, dtype: torch.dtype) -> n
 def first_state(job: PhaseJob) -> dict[str, Tensor]:
     """The fp32 tensors that the phase starts from, by the names under which weights are saved."""
     student = student_with(job, job.weights, dtype=torch.float32)
-    if isinstance(job.config.student.model, DiffusersModel):
+    if isinstance(job.config.student.model, DiffusersModel | WorldModel):
         return {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     return own_state(student)  # type: ignore[arg-type]
 
@@ -225,7 +235,15 @@ def make_validator(job: PhaseJob) -> Validator:
             from raydistill.evaluate import language
 
             return language.make_validator(job.config, inputs=job.inputs, signals=job.signals, max_rows=rows)
-        case ImagesSource():
+        case EpisodesSource():
+            from raydistill.evaluate import world_metrics
+
+            return world_metrics.make_validator(job.config, inputs=job.inputs, max_rows=rows)
+        case ImagesSource() | VideosSource() | PromptsSource() if few_steps(job.config):
+            from raydistill.evaluate import trajectory
+
+            return trajectory.make_validator(job.config, inputs=job.inputs, signals=job.signals, max_rows=rows)
+        case ImagesSource() | VideosSource() | PromptsSource():
             from raydistill.evaluate import denoiser
 
             return denoiser.make_validator(job.config, inputs=job.inputs, signals=job.signals, max_rows=rows)
@@ -238,6 +256,9 @@ def recompute_activations(student: nn.Module) -> None:
     training mode, which would turn drop-out on too; so only the layers themselves are put into that mode, not what is
     inside them.
     """
+    if isinstance(student, WorldNetwork):
+        student.dynamics.recompute = True
+        return
     if hasattr(student, "enable_gradient_checkpointing"):
         student.enable_gradient_checkpointing()  # type: ignore[operator]
         return

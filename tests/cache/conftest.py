@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 from conftest_cache import built, built_once, in_process, make_config, toy_text
+from s3_server import far_store, s3, s3_running
 
 from raydistill import storage
 
-__all__ = ["built", "built_once", "in_process", "make_config", "toy_text"]
+__all__ = ["built", "built_once", "far_store", "in_process", "make_config", "s3", "s3_running", "toy_text"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyarrow import fs
 
-from raydistill.cache.dense import DenseShard, dense_name, fetch, read_dense, read_description, signed, write_dense
+from raydistill.cache.dense import DenseShard, dense_name, read_dense, read_description, signed, write_dense
 from raydistill.errors import DataError
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
@@ -59,11 +59,11 @@ def test_the_description_is_read_without_the_tensors(tmp_path: Path) -> None:
 def test_a_fetched_file_is_a_second_name_or_a_copy(tmp_path: Path) -> None:
     store = Store(tmp_path)
     write_dense(store, "s", tensors(), meta=META, split="train", rows=3)
-    fetch(store, "s", tmp_path / "link")
+    store.fetch("s", tmp_path / "link")
     assert (tmp_path / "link").samefile(tmp_path / "s")
     far = Store(tmp_path)
     far.filesystem = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
-    fetch(far, "s", tmp_path / "copy")
+    far.fetch("s", tmp_path / "copy")
     assert not (tmp_path / "copy").samefile(tmp_path / "s")
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "s").read_bytes()
 

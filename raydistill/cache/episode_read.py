@@ -1,0 +1,142 @@
+"""Reads an inputs cache of episodes together with the signals of its teachers: any clips, in any order, as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+from raydistill.cache.dense import DenseShard, read_description
+from raydistill.cache.dense_batch import stacked
+from raydistill.cache.dense_read import require_same_rows
+from raydistill.cache.episode_batch import clip_batch
+from raydistill.cache.joined import Joined
+from raydistill.cache.local import LocalFiles, Unpacked
+from raydistill.cache.samples import Indices
+from raydistill.signals import Batch, JsonValue, sample_seed
+from raydistill.storage import Store
+
+NUM_READERS = 16
+
+
+class EpisodeDataset:
+    """The clips of one split, in cache order; an action-rich one several times in a row.
+
+    A clip in which a share r of the steps acts and changes something is there 1 + `action_rich` · r times, rounded up
+    or down by a number drawn from its row id, so that an epoch sees it as often on average. `fields` names the fields
+    to read of each teacher's signal. `max_rows` keeps that many clips, evenly spread over the split.
+
+    Raises `CacheMismatch` when a signal was not made from these inputs or lacks a field, `SignalMismatch` when the rows
+    of a shard are not those of its inputs, `VerificationFailed` when a cache is listed as damaged.
+    """
+
+    def __init__(
+        self,
+        inputs: Store,
+        signals: Mapping[str, Store],
+        *,
+        split: str,
+        fields: Mapping[str, Sequence[str]],
+        action_rich: float = 0.0,
+        max_rows: int | None = None,
+        local_folder: Path | None = None,
+    ):
+        self.split = split
+        self._joined = Joined(inputs, signals, split=split, fields=fields)
+        self.inputs_manifest = self._joined.inputs_manifest
+        self.signal_manifests = self._joined.signal_manifests
+        self._fields = self._joined.fields
+        shard, row, _ = self._joined.places(max_rows)
+        copies = self._copies(shard, row, action_rich) if action_rich else np.ones(len(shard), np.int64)
+        self._shard, self._row = np.repeat(shard, copies), np.repeat(row, copies)
+        self._local = LocalFiles(_mapped, suffix=".safetensors", folder=local_folder)
+        self._checked: set[int] = set()
+
+    def _copies(self, shard: np.ndarray, row: np.ndarray, action_rich: float) -> np.ndarray:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            described = list(pool.map(partial(read_description, self._joined.stores[""]), self._joined.names()))
+        found = []
+        for s, r in zip(shard.tolist(), row.tolist(), strict=True):
+            ids, rich = described[s]["row_ids"], described[s]["richness"]
+            assert isinstance(ids, list)
+            assert isinstance(rich, list)
+            wanted = 1 + action_rich * float(str(rich[r]))
+            draw = sample_seed(str(ids[r]), 0, "action_rich", 0) / 2**64
+            found.append(int(wanted) + (draw < wanted - int(wanted)))
+        return np.array(found, np.int64)
+
+    @property
+    def num_rows(self) -> int:
+        """Samples: clips, counted as often as an epoch sees them."""
+        return len(self._shard)
+
+    @property
+    def shard_of(self) -> Int32[np.ndarray, " samples"]:
+        """Shard of each sample, counted from 0 within the split; ascending."""
+        return self._shard
+
+    @property
+    def shard_rows(self) -> list[int]:
+        """Samples of each shard: the shape that `Order` wants."""
+        counts: list[int] = np.bincount(self._shard, minlength=len(self._joined.records[""])).tolist()
+        return counts
+
+    @property
+    def costs(self) -> Int64[np.ndarray, " samples"]:
+        """All alike: clips are of one length."""
+        return np.ones(self.num_rows, np.int64)
+
+    @property
+    def buckets(self) -> None:
+        """Any clips make a batch."""
+        return None
+
+    def facts(self, teacher: str) -> Mapping[str, JsonValue]:
+        """Facts of a teacher's signal, from its manifest."""
+        return self.signal_manifests[teacher].facts
+
+    def row_ids(self, indices: Indices) -> list[str]:
+        """Ids of clips: `<episode>@<first frame>`."""
+        return [self._open(int(self._shard[i]))[""].row_ids[self._row[i]] for i in indices]
+
+    def batch(self, indices: Indices) -> dict[str, Tensor]:
+        """Clips as `clip_batch` gives them, with `"<teacher>/<field>"` [B, …] in the dtype in which it is stored."""
+        opened = [(self._open(int(self._shard[i])), int(self._row[i])) for i in indices]
+        batch = clip_batch([(shards[""], row) for shards, row in opened])
+        for teacher, names in self._fields.items():
+            for name in names:
+                batch[f"{teacher}/{name}"] = stacked([shards[teacher].tensor(name)[row] for shards, row in opened])
+        return batch
+
+    def silenced(self, batch: Batch) -> dict[str, Tensor]:
+        """The same clips without a valid step."""
+        return {**batch, "valid": torch.zeros_like(batch["valid"])}
+
+    def unpack(self, shard: int) -> None:
+        """Have a shard on the local disk by the time its samples are asked for."""
+        for source in self._joined.stores:
+            self._local.unpack(*self._key(source, shard))
+
+    def _open(self, shard: int) -> dict[str, DenseShard]:
+        """The inputs (under `""`) and the signals of a shard, checked against each other when first opened."""
+        opened = {source: self._local.get(*self._key(source, shard)) for source in self._joined.stores}
+        if shard not in self._checked:
+            for teacher in self._fields:
+                require_same_rows(opened[""], opened[teacher], where=self._joined.where(teacher, shard))
+            self._checked.add(shard)
+        return opened
+
+    def _key(self, source: str, shard: int) -> tuple[str, partial[Unpacked]]:
+        record = self._joined.records[source][shard]
+        write = partial(self._joined.stores[source].fetch, record.name)
+        return f"dense {record.sha256}", partial(Unpacked, record.bytes, write)
+
+
+def _mapped(path: Path) -> tuple[DenseShard, int]:
+    return DenseShard(path), path.stat().st_size

@@ -1,0 +1,53 @@
+"""Checkpoints on an object store: sent while training goes on, and whole or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from phases import Killed, kill_after, phase_job
+from s3_server import Server
+
+from raydistill.errors import StorageFailed
+from raydistill.storage import Store
+from raydistill.train.checkpoint import Checkpoints
+from raydistill.train.launch import train_phase
+
+
+def test_checkpoints_reach_the_store_while_training_goes_on_and_it_continues_from_there(
+    s3: Server, far_store: Store, tmp_path: Path
+) -> None:
+    undisturbed = phase_job(tmp_path, name="undisturbed")
+    train_phase(undisturbed)
+    far = dataclasses.replace(phase_job(tmp_path, name="far"), run=far_store.uri)
+    with pytest.raises(Killed):
+        train_phase(far, report=kill_after(5))
+    checkpoints = Checkpoints(far.store / "checkpoints", 1)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 3
+    train_phase(far)
+    expected = Path(undisturbed.run, undisturbed.folder, "final/model.safetensors").read_bytes()
+    assert (far.store / "final").read("model.safetensors") == expected
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_sent_ends_the_phase_and_the_one_before_it_stays(
+    s3: Server, far_store: Store, tmp_path: Path
+) -> None:
+    far = dataclasses.replace(phase_job(tmp_path, name="far"), run=far_store.uri)
+    s3.trouble = lambda method, path: "busy" if method == "PUT" and "step-00000006/" in path else None
+    with pytest.raises(StorageFailed, match=r"cannot write .*step-00000006"):
+        train_phase(far)
+    s3.trouble = lambda method, path: None
+    latest = Checkpoints(far.store / "checkpoints", 1).latest()
+    assert latest is not None
+    assert latest.step == 3
+
+
+def test_a_file_that_a_killed_run_left_behind_does_not_complete_a_checkpoint(far_store: Store) -> None:
+    checkpoints = Checkpoints(far_store, keep=1)
+    (far_store / "step-00000006").publish("rank-00001-of-00002.safetensors", "of a killed run")
+    checkpoints.clear()
+    assert not far_store.exists("step-00000006/rank-00001-of-00002.safetensors")
