@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["PhaseJob", "PhaseResult", "train_phase"]
 POLL_SECONDS = 1.0
 SILENT_WORKER_SECONDS = 1800
+NOTICE_SECONDS = 5.0
+"""Between two questions whether a node is to be taken away; clouds say so 30 to 120 seconds before."""
 
 
 def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Sequence[UserCallback] = ()) -> PhaseResult:
@@ -67,8 +71,8 @@ def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Seque
     return result
 
 
-def run_worker(job: PhaseJob, report: Report) -> Progressed:
-    """What one rank does, from building the student to writing the last weights."""
+def run_worker(job: PhaseJob, report: Report, leaving: Callable[[], bool] = lambda: False) -> Progressed:
+    """What one rank does, from building the student to writing the last weights; `leaving` as in `loop.train`."""
     keep_freed_memory()
     resources = job.config.resources.train
     threads = torch.get_num_threads()
@@ -77,7 +81,7 @@ def run_worker(job: PhaseJob, report: Report) -> Progressed:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     prepared = prepare(job, device)
-    progressed = train(prepared, report)
+    progressed = train(prepared, report, leaving)
     write_weights(prepared, job.store / FINAL)
     for engine in prepared.engines.values():
         engine.close()
@@ -170,7 +174,34 @@ def _ray_worker(config: dict[str, PhaseJob]) -> Progressed:
         if is_evaluation(values) or values["step"] % job.phase.checkpoint.every_steps == 0:
             ray.train.report(dict(values))
 
-    return run_worker(job, tell)
+    return run_worker(job, tell, _Notices(job))
+
+
+class _Notices:
+    """Whether a node that carries a worker has been told, since this was last asked, that it will be taken away.
+
+    The workers ask Ray Train together, which makes them wait for each other; so they do when rank 0's clock says so.
+    """
+
+    def __init__(self, job: PhaseJob):
+        self._job, self._asked = job, time.monotonic()
+        self._known: set[str] = set()
+        self._device = "cuda" if job.config.resources.train.gpus else "cpu"
+
+    def __call__(self) -> bool:
+        import ray.train
+
+        due = torch.tensor([time.monotonic() - self._asked > NOTICE_SECONDS], device=self._device, dtype=torch.int32)
+        dist.broadcast(due, src=0)
+        if not due:
+            return False
+        self._asked = time.monotonic()
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self._known if info is not None else set()
+        self._known |= new
+        if new and dist.get_rank() == 0:
+            print(f"phase {self._job.phase.name}: {len(new)} node(s) will be taken away; saving now", flush=True)
+        return bool(new)
 
 
 def _raise_own(error: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from raydistill.progress import Progress
 from raydistill.train.checkpoint import Progressed
 from raydistill.train.evaluation import Evaluations, Report
@@ -11,10 +13,11 @@ from raydistill.train.metrics import Metrics
 from raydistill.train.prepare import Prepared
 
 
-def train(prepared: Prepared, report: Report) -> Progressed:
+def train(prepared: Prepared, report: Report, leaving: Callable[[], bool] = lambda: False) -> Progressed:
     """Train a phase from where it stands to its end, all ranks together; returns how far it came.
 
-    `report` is called on every rank after each logged step and each evaluation.
+    `report` is called on every rank after each logged step and each evaluation. `leaving` is asked on every rank after
+    each logged step, with one answer for all: whether to save at once, since a machine was told that it must go.
     Raises `TrainingDiverged` when the loss is no number or explodes.
     """
     job, phase, rank = prepared.job, prepared.job.phase, prepared.rank
@@ -49,7 +52,8 @@ def train(prepared: Prepared, report: Report) -> Progressed:
             if evaluations.due(done.step, last=last):
                 evaluations.run(done.step)
                 meter.pause()
-            if done.step % phase.checkpoint.every_steps == 0 or last:
+            warned = done.step % phase.log_every == 0 and leaving()
+            if done.step % phase.checkpoint.every_steps == 0 or last or warned:
                 if metrics is not None:
                     metrics.flush()
                 prepared.save(done, guards["student"].losses)
