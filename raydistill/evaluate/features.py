@@ -40,16 +40,17 @@ class Extractor:
     Inception networks of the FID papers want them.
     """
 
-    def __init__(self, source: str, size: int, device: torch.device):
+    def __init__(self, source: str, size: int, device: torch.device, *, key: str = "evaluate.images.feature_extractor"):
+        """`key` begins the messages about a file that is none."""
         self.name, self.size, self.device = extractor_name(source), size, device
-        path = extractor_file(source)
+        path = extractor_file(source, key=key)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # TorchScript is what published extractors are
                 self.network = cast(nn.Module, torch.jit.load(str(path), map_location=device)).eval()
         except RuntimeError as error:
             raise DataError(
-                f"evaluate.images.feature_extractor: {path} is no TorchScript file that this torch can read: "
+                f"{key}: {path} is no TorchScript file that this torch can read: "
                 f"{str(error).splitlines()[0]}. Give a file written by torch.jit.save."
             ) from error
 
@@ -67,11 +68,11 @@ class Extractor:
         return torch.cat([f.flatten(1).float().cpu() for f in found])
 
 
-def extractor_file(source: str) -> Path:
+def extractor_file(source: str, *, key: str = "evaluate.images.feature_extractor") -> Path:
     """The local file of an extractor; `ConfigError` or `DataError` when there is none."""
     path = resolve_source(source)
     if not isinstance(path, Path) or not path.is_file():
-        raise ConfigError(f"evaluate.images.feature_extractor: wanted a TorchScript file, found {source}.")
+        raise ConfigError(f"{key}: wanted a TorchScript file, found {source}.")
     return path
 
 
