@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from raydistill.config.base import Config
-from raydistill.signals import Batch, Draws, JsonValue
+from raydistill.signals import Batch, Draws, JsonValue, Teacher
 
 C = TypeVar("C", bound=Config)
 
@@ -23,6 +23,8 @@ class TeacherView:
     weight: float
     """Share of the loss; the weights of all teachers of a phase sum to 1."""
     facts: Mapping[str, JsonValue]
+    online: Teacher | None = None
+    """The teacher itself, where it is asked in every step instead of being read from a cache."""
 
     def field(self, batch: Batch, name: str) -> Tensor:
         """The tensor of this teacher's signal field in `batch`."""

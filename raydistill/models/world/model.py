@@ -30,18 +30,26 @@ class WorldNetwork(nn.Module):
         self.decoder = Decoder(sizes)
 
     def forward(
-        self, frames: Float[Tensor, "b t c h w"], actions: Int[Tensor, "b s"], *, reconstruct: bool = False
+        self,
+        frames: Float[Tensor, "b t c h w"],
+        actions: Int[Tensor, "b s"],
+        *,
+        predict: bool = True,
+        reconstruct: bool = False,
     ) -> WorldOutput:
-        """Predictions of the frames after the first; with `reconstruct` also every frame out of its own codes."""
+        """Predictions of the frames after the first; with `reconstruct` also every frame out of its own codes.
+
+        Without `predict` the dynamics do not run, and there is a prediction of no frame.
+        """
         frames = frames.to(self.codebook.weight.dtype)
         latents = self.encoder(frames)
         entries, assignment = self.codebook(latents)
         codes = nearest(assignment)
         vectors = straight_through(latents, entries, codes)
-        logits = self.dynamics(vectors[:, :-1], actions)
-        # One call for both, so that a decoder's features and ZeRO's gathering belong to one pass.
-        mixed = logits.softmax(-1) @ entries
+        logits = self.dynamics(vectors[:, :-1], actions) if predict else None
+        mixed = logits.softmax(-1) @ entries if logits is not None else vectors[:, :0]
         steps = mixed.shape[1]
+        # One call for both, so that a decoder's features belong to one pass.
         decoded = self.decoder(torch.cat([mixed, vectors], 1) if reconstruct else mixed)
         return WorldOutput(
             frames=decoded[:, :steps],
