@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
@@ -36,7 +37,7 @@ def mp4(video: Frames, *, fps: float) -> bytes:
         raise ConfigError(f"wanted a PyAV that encodes mp4 ({', '.join(CODECS)}), found none of them; reinstall av.")
     out = io.BytesIO()
     with av.open(out, mode="w", format="mp4") as file:
-        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        stream = cast(av.VideoStream, file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001)))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for picture in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
