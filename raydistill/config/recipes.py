@@ -120,6 +120,9 @@ class TrajectoryRecipe(Config):
     causal: bool = False
     """Draw one time for each chunk of `student.generator.causal`, the clean end among them, and let a chunk see those
     before it only; clean chunks are context and do not count."""
+    context: Literal["drawn", "clean"] = "drawn"
+    """What a chunk sees of those before it, with `causal`: them at the times that were drawn for them, or, as in a
+    rollout, the teacher's clean chunks at `context_noise` (twice the tokens, and every chunk counts)."""
 
     @property
     def uses_teacher(self) -> bool:

@@ -38,6 +38,7 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
                 f"another: {apart}. Teachers and student learn at the same noised images; use models of one schedule, "
                 "or name the right one with model.scheduler."
             )
+    _require_chunks(config)
     seen: list[DiffusersModel] = []
     for where, model in models.items():
         if drawn:
@@ -45,6 +46,19 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
         if model not in seen:
             seen.append(model)
             _require_fit(source, shapes_of(empty_denoiser(model)), buckets, f"{where} ({model.source})")
+
+
+def _require_chunks(config: RunConfig) -> None:
+    """Raise `ConfigError` when a chunk of the student is longer than the samples of the source."""
+    generator, source = config.student.generator, config.latents
+    if generator is None or generator.causal is None or isinstance(source, ImagesSource) or source.frames is None:
+        return
+    frames = space_facts(source.vae, clips=True).latent_shape((1, 1), source.frames)[1]
+    if generator.causal.chunk_frames > frames:
+        raise ConfigError(
+            f"student.generator.causal.chunk_frames: wanted a chunk of at most {frames} latent frames (source.frames "
+            f"{source.frames}), found {generator.causal.chunk_frames}; make chunks smaller or samples longer."
+        )
 
 
 def require_convertible(process: Process, noise: NoiseConfig, *, where: str) -> None:

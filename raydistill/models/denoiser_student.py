@@ -1,7 +1,7 @@
 """Denoisers as students: building them, keeping them in a run's `init/` folder, and exporting them for diffusers.
 
 A student carries what its scheduler says: `.process`, the noise schedule and what it predicts, and `.scheduler_config`,
-the file that goes with its export.
+the file that goes with its export; and `.generator`, how one of few steps makes samples (None for others).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from raydistill.config.models import (
     BlocksInit,
     CheckpointInit,
     DiffusersModel,
+    GeneratorConfig,
     PretrainedInit,
     ProjectionInit,
     RandomInit,
@@ -47,6 +48,8 @@ from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
 VERSION = 1
+GENERATOR = "generator.json"
+"""File of an export that says how a student of few steps makes samples."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """Name of weights in folders of diffusers; ours are `model.safetensors`."""
 
@@ -87,12 +90,18 @@ def build_denoiser(student: StudentConfig, *, seed: int, rows: Rows | None = Non
                 f"{other.kind}."
             )
     nn.Module.to(network, torch.float32)
-    _attach(network.eval(), schedule, kept)
+    _attach(network.eval(), schedule, kept, student.generator)
     return network
 
 
-def _attach(network: ModelMixin, schedule: Mapping[str, JsonValue], kept: Mapping[str, JsonValue] | None) -> None:
+def _attach(
+    network: ModelMixin,
+    schedule: Mapping[str, JsonValue],
+    kept: Mapping[str, JsonValue] | None,
+    generator: GeneratorConfig | None,
+) -> None:
     student = cast(Any, network)
+    student.generator = generator
     student.process = process_of_scheduler(schedule)
     student.scheduler_config = dict(schedule)
     student.kept = None if kept is None else dict(kept)
@@ -153,7 +162,11 @@ def save_denoiser(network: ModelMixin, folder: Path) -> None:
     store.publish(SCHEDULER, json.dumps(student.scheduler_config, indent=2, sort_keys=True) + "\n")
     state = _state(network)
     store.publish("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    about: dict[str, JsonValue] = {"version": VERSION, "kind": "denoiser", "kept": student.kept}
+    generator: GeneratorConfig | None = student.generator
+    about: dict[str, JsonValue] = {
+        "version": VERSION, "kind": "denoiser", "kept": student.kept,
+        "generator": None if generator is None else generator.model_dump(mode="json"),
+    }  # fmt: skip
     store.publish("student.json", json.dumps(about, indent=1) + "\n")
 
 
@@ -167,13 +180,20 @@ def load_denoiser_student(folder: Path, *, weights: Path | None = None, dtype: t
     path = folder if weights is None else weights
     fill_network(network, read_weights(path), where=str(path), dtype=dtype)
     about = json.loads((folder / "student.json").read_text())
-    _attach(network, json.loads((folder / SCHEDULER).read_text()), about["kept"])
+    generator = about.get("generator")
+    _attach(
+        network,
+        json.loads((folder / SCHEDULER).read_text()),
+        about["kept"],
+        None if generator is None else GeneratorConfig.model_validate(generator),
+    )
     return network
 
 
 def export_denoiser(network: ModelMixin, folder: Path, *, dtype: torch.dtype) -> None:
     """Write a student as a part of a diffusers pipeline, in `dtype`: `unet/` or `transformer/`, and `scheduler/`.
 
+    One of few steps also gets `generator.json`.
     `network` stays as it is. The written configuration is read back, and `DataError` raised if it does not say what the
     student is.
     """
@@ -190,6 +210,9 @@ def export_denoiser(network: ModelMixin, folder: Path, *, dtype: torch.dtype) ->
         )
     schedule = json.dumps(cast(Any, network).scheduler_config, indent=2, sort_keys=True) + "\n"
     Store(folder / "scheduler").publish(SCHEDULER, schedule)
+    generator: GeneratorConfig | None = getattr(network, "generator", None)
+    if generator is not None:
+        Store(folder).publish(GENERATOR, generator.model_dump_json(indent=2) + "\n")
 
 
 def clean_config(network: nn.Module) -> dict[str, JsonValue]:

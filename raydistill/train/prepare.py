@@ -18,6 +18,7 @@ from raydistill.cache.open import open_dataset
 from raydistill.cache.order import Order, Sampler
 from raydistill.cache.samples import Samples
 from raydistill.config.base import Config
+from raydistill.config.checks import SIGNALS
 from raydistill.config.metrics import few_steps
 from raydistill.config.models import DiffusersModel
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
@@ -197,14 +198,16 @@ def take_over(weights: str | None, recipe: Recipe[Config]) -> None:
 
 
 def teacher_views(job: PhaseJob) -> dict[str, TeacherView]:
-    """What the recipe is told about each teacher; weights are made to sum to 1.
+    """What the recipe is told about each teacher whose signal it reads; weights are made to sum to 1.
 
     Where the teachers have an average, it stands for all of them.
     """
     if AVERAGE in job.signals:
         return {AVERAGE: TeacherView(AVERAGE, 1.0, open_manifest(Store(job.signals[AVERAGE])).facts)}
-    chosen = [t for t in job.config.teachers if t.name in job.signals]
-    total = sum(t.weight for t in job.config.teachers if t.name in job.signals or is_online(t))
+    signal = SIGNALS.get(type(job.phase.recipe), Config)
+    read = [t for t in job.config.teachers if isinstance(t, signal)]
+    chosen = [t for t in read if t.name in job.signals]
+    total = sum(t.weight for t in read if t.name in job.signals or is_online(t))
     views = {
         t.name: TeacherView(t.name, t.weight / total if total else 0.0, open_manifest(Store(job.signals[t.name])).facts)
         for t in chosen

@@ -99,7 +99,9 @@ def test_the_kept_state_has_the_alpha_and_sigma_that_are_told_of_it(name):
     z = (clean.double() - end.alpha * MEAN) / (end.alpha**2 * STD**2 + end.sigma**2) ** 0.5
     for place, node in enumerate(kept):
         spread = (node.alpha**2 * STD**2 + node.sigma**2) ** 0.5
-        torch.testing.assert_close(path[:, place].double(), node.alpha * MEAN + spread * z, rtol=0, atol=TOLERANCE.get(name, 3e-2))
+        torch.testing.assert_close(
+            path[:, place].double(), node.alpha * MEAN + spread * z, rtol=0, atol=TOLERANCE.get(name, 3e-2)
+        )
 
 
 def test_a_time_that_is_no_node_is_stepped_on_exactly_or_refused():
