@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, WanTransformer3DModel
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -53,3 +53,18 @@ def test_two_styles_teach_a_student_of_a_quarter_of_their_size(tmp_path: Path) -
     # The weighted teacher variance is the least loss that any student can reach; two styles are not the same.
     assert 0 < metrics["teacher"]["mse_to_teacher"] < metrics["student"]["mse_to_teacher"]
     assert {"mse_to/google", "mse_to/twitter"} <= set(metrics["student"])
+
+
+def test_an_image_student_begins_with_the_weights_of_a_video_transformer(tmp_path: Path) -> None:
+    done = run("configs/tiny/wan_lite_projection.yaml", tmp_path / "run")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    report = json.loads((tmp_path / "run/init/projection.json").read_text())
+    assert report["coverage"] == 1.0
+    assert [block["teacher"] for block in report["blocks"]] == [0, 2, 5, 7]
+    assert 0 < report["output_error"] < 1
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    student = WanTransformer3DModel.from_pretrained(tmp_path / "run/export", subfolder="transformer")
+    assert sum(p.numel() for p in student.parameters()) == metrics["student"]["parameters"]
+    assert 6 * metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
+    # A random student of this size is off by more than the teacher's own prediction is large: mse 1 and more.
+    assert metrics["student_init"]["mse_to_teacher"] < 1
