@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,26 +36,31 @@ def capture_draws(
     dtype: torch.dtype,
     where: str,
     progress: Callable[[int], None] = lambda samples: None,
+    turn: AbstractContextManager[object] | None = None,
 ) -> dict[str, Tensor]:
     """What `teacher` says about every draw of the images of an inputs shard: [rows, draws, ...], stored as `dtype`.
 
-    `progress` gets the number of samples of each batch. Raises `ConfigError` when a batch does not fit into memory or a
+    `progress` gets the number of samples of each batch. `turn` is held while the teacher computes; the first batch is
+    made before, when another shard may have its turn. Raises `ConfigError` when a batch does not fit into memory or a
     value does not fit into `dtype`, `DataError` when a value is not finite.
     """
     draws = draws_of(shard, noise.draws_per_row)
     whole: dict[str, Tensor] = {}
     done = 0
-    for part, batch in _ahead(cut_draws(draws, batch_rows), noise):
-        said = predictions(teacher, batch, where=where)
-        found = {name: _stored(values, dtype, part, f"{where}: {name}") for name, values in said.items()}
-        own = {"timestep": batch["timestep"].int(), "noise_sha": torch.tensor(noise_hashes(batch["noise"]))}
-        found |= {name: own[name] for name in own_fields(teacher)}
-        for name, values in found.items():
-            if name not in whole:  # at once in its full size: a shard of large features fits into memory only once
-                whole[name] = torch.empty(len(draws), *values.shape[1:], dtype=values.dtype)
-            whole[name][done : done + len(part)] = values
-        done += len(part)
-        progress(len(part))
+    with ThreadPoolExecutor(1, thread_name_prefix="raydistill-draws") as pool:
+        batches = _ahead(pool, cut_draws(draws, batch_rows), noise)
+        with turn or nullcontext():
+            for part, batch in batches:
+                said = predictions(teacher, batch, where=where)
+                found = {name: _stored(values, dtype, part, f"{where}: {name}") for name, values in said.items()}
+                own = {"timestep": batch["timestep"].int(), "noise_sha": torch.tensor(noise_hashes(batch["noise"]))}
+                found |= {name: own[name] for name in own_fields(teacher)}
+                for name, values in found.items():
+                    if name not in whole:  # at once in its full size: large features fit into memory only once
+                        whole[name] = torch.empty(len(draws), *values.shape[1:], dtype=values.dtype)
+                    whole[name][done : done + len(part)] = values
+                done += len(part)
+                progress(len(part))
     return {name: values.unflatten(0, (shard.rows, noise.draws_per_row)) for name, values in whole.items()}
 
 
@@ -78,14 +84,19 @@ def signal_meta(inputs: DenseShard) -> dict[str, JsonValue]:
     return {"kind": "signal", **{key: inputs.meta[key] for key in kept if key in inputs.meta}}
 
 
-def _ahead(parts: Sequence[Sequence[Draw]], noise: NoiseConfig) -> Iterator[tuple[Sequence[Draw], dict[str, Tensor]]]:
-    """Each batch while the one after it is being made, so that a teacher on a GPU does not wait for noise."""
-    with ThreadPoolExecutor(1, thread_name_prefix="raydistill-draws") as pool:
-        made = [pool.submit(denoiser_batch, part, noise) for part in parts[:1]]
+def _ahead(
+    pool: ThreadPoolExecutor, parts: Sequence[Sequence[Draw]], noise: NoiseConfig
+) -> Iterator[tuple[Sequence[Draw], dict[str, Tensor]]]:
+    """Each batch while the one after it is being made, so that a teacher does not wait for noise; the first at once."""
+    made = [pool.submit(denoiser_batch, part, noise) for part in parts[:1]]
+
+    def batches() -> Iterator[tuple[Sequence[Draw], dict[str, Tensor]]]:
         for place, part in enumerate(parts):
             batch = made.pop().result()
-            made += [pool.submit(denoiser_batch, after, noise) for after in parts[place + 1 : place + 2]]
+            made.extend(pool.submit(denoiser_batch, after, noise) for after in parts[place + 1 : place + 2])
             yield part, batch
+
+    return batches()
 
 
 def _stored(values: Tensor, dtype: torch.dtype, draws: Sequence[Draw], what: str) -> Tensor:

@@ -54,17 +54,17 @@ class DenoiserWorker:
             done += samples
             self._tally.set.remote(name, done)
 
-        with self._computing:
-            torch.set_num_threads(job.threads)  # a setting of the calling thread
-            tensors = capture_draws(
-                self._teacher,
-                inputs,
-                self._noise,
-                batch_rows=self._settings.batch_rows,
-                dtype=self._dtype,
-                where=f"teacher {self._settings.name}, shard {name}",
-                progress=progress,
-            )
+        torch.set_num_threads(job.threads)  # a setting of the calling thread
+        tensors = capture_draws(
+            self._teacher,
+            inputs,
+            self._noise,
+            batch_rows=self._settings.batch_rows,
+            dtype=self._dtype,
+            where=f"teacher {self._settings.name}, shard {name}",
+            progress=progress,
+            turn=self._computing,
+        )
         record = write_dense(
             self._store, name, tensors, meta=signal_meta(inputs), split=job.splits[name], rows=inputs.rows
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,10 +23,11 @@ from dense_toys import (
 from diffusers import UNet2DModel
 from PIL import Image
 
+from raydistill.cache import dense_capture
 from raydistill.cache.build import build_inputs, build_signal
 from raydistill.cache.content import signal_content
 from raydistill.cache.dense import dense_name, read_dense, row_sha, write_dense
-from raydistill.cache.dense_batch import draws_of
+from raydistill.cache.dense_batch import denoiser_batch, draws_of
 from raydistill.cache.dense_capture import OWN_FIELDS, capture_draws, signal_meta
 from raydistill.cache.ledger import write_damaged
 from raydistill.cache.manifest import Manifest, fingerprint_of
@@ -183,6 +187,27 @@ def test_a_value_that_cannot_be_stored_is_named(
         capture_draws(ToyDenoiser(gain), shard, NoiseConfig(), batch_rows=4, dtype=torch.float16, where="here")
     if gain == 1e6:
         capture_draws(ToyDenoiser(gain), shard, NoiseConfig(), batch_rows=4, dtype=torch.bfloat16, where="here")
+
+
+def test_the_first_batch_is_there_before_the_teacher_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = threading.Event()
+
+    def noticed(*arguments: object) -> dict[str, torch.Tensor]:
+        batch = denoiser_batch(*arguments)  # type: ignore[arg-type]
+        made.set()
+        return batch
+
+    @contextmanager
+    def busy() -> Iterator[None]:
+        assert made.wait(10), "nothing was made while another shard had its turn"
+        yield
+
+    monkeypatch.setattr(dense_capture, "denoiser_batch", noticed)
+    store, _ = write_image_inputs(tmp_path)
+    shard = read_dense(store, dense_name(0))
+    capture_draws(
+        ToyDenoiser(), shard, NoiseConfig(), batch_rows=4, dtype=torch.float16, where="here", turn=busy()
+    )  # fmt: skip
 
 
 def test_progress_counts_samples(tmp_path: Path) -> None:
