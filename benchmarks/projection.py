@@ -47,7 +47,7 @@ RANDOM = "random"
 STAGES = "inputs,signals,init,train"
 UNTIED = "student.model.overrides.tie_word_embeddings=false"
 COLOURS = ("#888888", "#1f6fb4", "#d1632a", "#2f8f4e", "#8a4fb3", "#b8860b", "#c23b6b")
-IMAGES = 128
+IMAGES = 64
 """Images that are compared by their features."""
 
 

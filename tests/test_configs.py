@@ -29,3 +29,17 @@ def test_it_passes_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("path", [*RUNS, *PARTS], ids=name)
 def test_the_editors_schema_accepts_it(path: Path) -> None:
     VALIDATOR.validate(yaml.safe_load(path.read_text()))
+
+
+def test_the_shipped_projection_of_wan_accounts_for_every_number_without_the_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["configs/wan_lite_projection.yaml", "configs/size/wan_architecture.yaml", "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "parameters  14.3 B" in said
+    assert "parameters   282 M" in said
+    assert "wan_a14b: 100.0% of its parameters, 16 of 40 blocks" in said
+    assert "at random" not in said
+    assert "16 × 64 × 64" in said
+    assert "taken to be 512 tokens" in said

@@ -27,8 +27,8 @@ class Patch:
 def fit_kernel(weight: Tensor, shape: tuple[int, ...], *, num_mapped: int, temporal: Temporal) -> Tensor | None:
     """`weight` with the axes after the first `num_mapped` made those of `shape`; None where that cannot be.
 
-    * [.., T, H, W] → [.., H, W] or [.., 1, H, W]: the sum over time, which is exact for input that does not change in time, where the
-      student sees one frame; the mean or the centre slice when asked.
+    * [.., T, H, W] → [.., H, W] or [.., 1, H, W]: the sum over time, which is exact for input that does not change in
+      time, where the student sees one frame; the mean or the centre slice when asked.
     * [.., 1, 1] ↔ [..]: a linear layer and a 1 × 1 convolution are the same.
     * [.., H, W] → [.., H', W']: patches of another size are resized (area), times H W / H' W', so that a constant image
       gives the same. With time, of one frame, alike.

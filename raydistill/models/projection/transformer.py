@@ -181,7 +181,7 @@ def transformer_structure(network: nn.Module) -> Structure | None:
 
 
 def _patch(network: nn.Module, numbers: int) -> Patch:
-    """What `network` says of a patch in `numbers` numbers; CogVideoX says it channel by channel, the others by pixel."""
+    """What `network` says of a patch in `numbers` numbers: CogVideoX channel by channel, the others pixel by pixel."""
     size: Any = getattr(network.config, "patch_size")  # noqa: B009
     height, width = (size, size) if isinstance(size, int) else size[1:]
     first = isinstance(network, CogVideoXTransformer3DModel)
