@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from functools import cached_property, partial
 
 from pydantic import JsonValue, RootModel
@@ -30,7 +31,7 @@ from raydistill.config.schema import STAGES, RunConfig
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.training import PhaseConfig
 from raydistill.config.world import EpisodesSource
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, VerificationFailed
 from raydistill.evaluate.comparison import ROLES
 from raydistill.evaluate.stage import EvaluateJob, check_evaluation, evaluate_run
 from raydistill.export import export_run
@@ -349,8 +350,29 @@ def _key(*parts: JsonValue) -> str:
 
 
 def _checklist(run: Run, asked: bool) -> None:
-    if asked:
+    if isinstance(run.config.source, EpisodesSource):
+        _check_world(run, asked)
+    elif asked:
         print("checklist: this kind of model has none; its result is the comparison in metrics.json", flush=True)
+
+
+def _check_world(run: Run, asked: bool) -> None:
+    """Print the checklist of a distilled world model; `VerificationFailed` when a line of it fails and was asked for.
+
+    In a whole run a failed line is told and the student exported all the same, so that it can be looked at.
+    """
+    from raydistill.evaluate.world_checklist import checklist, table  # it brings torch
+
+    if not run.store.exists("metrics.json"):
+        raise ConfigError(f"{run.store.uri}/metrics.json is not there; run the stage `evaluate` first")
+    if not run.config.teachers:
+        return
+    checks = checklist(run.config, run.store, weights=run.handed_over("phases"))
+    run.store.publish("checklist.json", json.dumps([asdict(check) for check in checks], indent=1))
+    print(table(checks), flush=True)
+    failed = [check.what for check in checks if check.state == "fail"]
+    if failed and asked:
+        raise VerificationFailed(f"checklist: {len(failed)} of {len(checks)} lines failed: {'; '.join(failed)}")
 
 
 def _export(run: Run, asked: bool) -> None:

@@ -5,8 +5,10 @@ What one kind of model needs is imported only where it is measured: diffusers an
 
 from __future__ import annotations
 
+from raydistill.config.metrics import few_steps
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, TextSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.world import EpisodesSource
 from raydistill.evaluate.job import EvaluateJob, Evaluation, student_of
 
 __all__ = ["EvaluateJob", "Evaluation", "check_evaluation", "evaluate_run", "student_of"]
@@ -19,10 +21,14 @@ def check_evaluation(config: RunConfig) -> None:
             from raydistill.evaluate.text import check_text
 
             check_text(config)
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource():
             from raydistill.evaluate.images import check_images
 
             check_images(config)
+        case EpisodesSource():
+            from raydistill.evaluate.worlds import check_worlds_evaluation
+
+            check_worlds_evaluation(config)
 
 
 def evaluate_run(job: EvaluateJob) -> Evaluation:
@@ -32,7 +38,15 @@ def evaluate_run(job: EvaluateJob) -> Evaluation:
             from raydistill.evaluate.text import evaluate_text
 
             return evaluate_text(job)
-        case ImagesSource():
+        case ImagesSource() | VideosSource() | PromptsSource() if few_steps(job.config):
+            from raydistill.evaluate.videos import evaluate_generators
+
+            return evaluate_generators(job)
+        case ImagesSource() | VideosSource() | PromptsSource():
             from raydistill.evaluate.images import evaluate_images
 
             return evaluate_images(job)
+        case EpisodesSource():
+            from raydistill.evaluate.worlds import evaluate_worlds
+
+            return evaluate_worlds(job)

@@ -50,19 +50,20 @@ def gallery(run: Store, content: Json, names: Mapping[str, str] = ROLE_NAMES) ->
     `names` are those of the roles.
     """
     rows = content.get("samples")
-    if content.get("kind") != "images" or not isinstance(rows, list):
+    if content.get("kind") not in ("images", "videos") or not isinstance(rows, list):
         return None
     samples = [row for row in rows if isinstance(row, Mapping)]
     outputs = [found if isinstance(found := row.get("outputs"), Mapping) else {} for row in samples]
     order = [f"teacher/{name}" for name in _teachers(outputs)] + [role for role in ROLE_NAMES if role != "teacher"]
     columns = [who for who in order if any(who in found for found in outputs)]
+    referred = any(row.get("reference") is not None for row in samples)
     shown, side = [], 0
     for row, found in zip(samples, outputs, strict=True):
-        files = [row.get("reference"), *(found.get(who) for who in columns)]
+        files = [*([row.get("reference")] if referred else []), *(found.get(who) for who in columns)]
         images = [_inlined(run, name) for name in files]
         side = max([side, *(longest for _, longest in images)])
         shown.append(GalleryRow(str(row.get("prompt", "")), tuple(uri for uri, _ in images)))
-    heads = [("Held-out image", "held_out"), *(_head(who, names) for who in columns)]
+    heads = [*([("Held-out image", "held_out")] if referred else []), *(_head(who, names) for who in columns)]
     return Gallery(tuple(heads), tuple(shown), _how(content), pixelated=side <= 96) if shown else None
 
 
@@ -76,6 +77,13 @@ def _head(who: str, names: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _how(content: Json) -> str:
+    if isinstance(content.get("note"), str):
+        return str(content["note"])
+    if "guidance_scale" not in content:
+        return (
+            "Each row begins with the same noise for every model and has the prompt of a held-out row; the students take "
+            f"{said(content.get('steps'))} steps. MP4 files of the same name lie in the folder samples."
+        )
     steps, scale = said(content.get("steps")), as_number(content.get("guidance_scale")) or 1.0
     guided = f", guidance {number(scale)}" if scale != 1 else ""
     return (
@@ -91,12 +99,15 @@ def _inlined(run: Store, name: JsonValue) -> tuple[str | None, int]:
     content = run.read(name)
     image = Image.open(io.BytesIO(content))
     longest = max(image.size)
+    if image.format == "WEBP":  # an animation, written in the size of a page
+        return "data:image/webp;base64," + base64.b64encode(content).decode(), longest
     if longest > MOST_PIXELS:
         image.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, format="PNG", optimize=True)
         content = buffer.getvalue()
-    return "data:image/png;base64," + base64.b64encode(content).decode(), longest
+    kind = "gif" if name.endswith(".gif") and longest <= MOST_PIXELS else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode(), longest
 
 
 def timestep_figures(metrics: Json) -> list[Figure]:
