@@ -31,6 +31,7 @@ def test_the_editors_schema_accepts_it(path: Path) -> None:
     VALIDATOR.validate(yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.slow  # 14 billion parameters take a while even without memory
 def test_the_shipped_projection_of_wan_accounts_for_every_number_without_the_hub(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
