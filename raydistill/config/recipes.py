@@ -270,7 +270,13 @@ class TeacherForcingRecipe(Config):
 
 
 RecipeConfig = Annotated[
-    LmLogitsRecipe | NoisePredictionRecipe | TrajectoryRecipe | SelfForcingRecipe | FeaturesRecipe,
+    LmLogitsRecipe
+    | NoisePredictionRecipe
+    | TrajectoryRecipe
+    | SelfForcingRecipe
+    | CausalConsistencyRecipe
+    | TeacherForcingRecipe
+    | FeaturesRecipe,
     Field(discriminator="kind"),
     tag_defaults_to("kind", "lm_logits"),
 ]
