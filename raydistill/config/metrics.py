@@ -51,7 +51,7 @@ def trajectory_metrics(config: RunConfig) -> tuple[str, ...]:
         return ()
     assert config.student.generator is not None, "asked for the steps of a student that has none"
     steps = len(config.student.generator.t_list) - 1
-    return ("mse_to_teacher", *(f"mse_from/{i}" for i in range(steps)))
+    return ("mse_to_teacher", *(f"mse_after/{k}" for k in range(1, steps + 1)))
 
 
 def denoiser_metrics(teachers: Sequence[TeacherConfig], *, averaged: bool) -> tuple[str, ...]:

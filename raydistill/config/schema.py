@@ -140,6 +140,8 @@ class VideoEvaluation(Config):
     feature_extractor: str | None = None
     """TorchScript file of a video feature extractor for the Fréchet distance (`package://` and `pypi://` work); null:
     none."""
+    feature_size: int = Field(default=224, ge=8)
+    """Height and width of the frames that the extractor wants."""
     feature_videos: int = Field(default=256, ge=2)
     """Generated videos for the Fréchet distance, against as many of the teacher."""
 

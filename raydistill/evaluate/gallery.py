@@ -20,6 +20,7 @@ from raydistill.config.schema import ImageEvaluation, RunConfig
 from raydistill.diffusion.process import Process
 from raydistill.evaluate.denoiser import Draws
 from raydistill.evaluate.features import ClipScore, Extractor, feature_distances
+from raydistill.evaluate.films import webp
 from raydistill.evaluate.generate import Sampling, first_noise, png, sample
 from raydistill.models.autoencoder import load_space
 from raydistill.signals import JsonValue
@@ -120,8 +121,8 @@ class Gallery:
             latents = self.dataset.batch([picture.subject.index])["latents"]
             self._keep(place, REFERENCE, self.decode(latents)[0])
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Images with values in [0, 1], on the CPU."""
+    def decode(self, latents: Float[Tensor, "b c ..."]) -> Float[Tensor, "b 3 ..."]:
+        """Images or videos with values in [0, 1], on the CPU."""
         return (self.space.decode(latents) / 2 + 0.5).clamp(0, 1)
 
     def as_json(self) -> dict[str, JsonValue]:
@@ -145,9 +146,13 @@ class Gallery:
             "samples": samples,
         }
 
-    def _keep(self, place: int, who: str, image: Float[Tensor, "3 h w"]) -> None:
-        name = f"{FOLDER}/{place:02}-{who.replace('/', '-')}.png"
-        self.files[name] = png(image)
+    def _keep(self, place: int, who: str, image: Float[Tensor, "3 ..."]) -> None:
+        name = f"{FOLDER}/{place:02}-{who.replace('/', '-')}"
+        if image.ndim == 4:
+            name, content = f"{name}.webp", webp(image, self.config.evaluate.videos.fps)
+        else:
+            name, content = f"{name}.png", png(image)
+        self.files[name] = content
         self._outputs.setdefault(place, {})[who] = name
 
     def _sampled(

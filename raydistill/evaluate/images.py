@@ -161,7 +161,7 @@ def _arranged(
         metrics["teachers"] = {t.name: lines[f"teacher/{t.name}"] for t in config.teachers}
     quality = TAUGHT if "mse_to_teacher" in roles["student"] else ALONE
     metrics["comparison"] = compare(roles, quality, exported=exported_role(config))
-    metrics["cache"] = _cache_sizes(stats)
+    metrics["cache"] = cache_sizes(stats)
     return metrics
 
 
@@ -220,7 +220,8 @@ def _captured_per_second(store: Store, draws: Mapping[str, int]) -> float | None
     return done / seconds if done and seconds else None
 
 
-def _cache_sizes(stats: Mapping[str, JsonValue]) -> Line:
+def cache_sizes(stats: Mapping[str, JsonValue]) -> Line:
+    """The part `cache` of metrics.json, from the content of cache_stats.json."""
     inputs, signals = stats["inputs"], stats["signals"]
     assert isinstance(inputs, dict)
     assert isinstance(signals, dict)

@@ -15,22 +15,28 @@ from raydistill.config.recipes import (
     RecipeConfig,
     SelfForcingRecipe,
     TeacherForcingRecipe,
+    TrajectoryRecipe,
 )
 from raydistill.config.sources import ImagesSource, SourceConfig, VideosSource
+from raydistill.config.world import FeaturesRecipe
 from raydistill.recipes.base import Recipe, TeacherView
 from raydistill.recipes.causal_consistency import CausalConsistency
+from raydistill.recipes.features import Features
 from raydistill.recipes.lm_logits import LmLogits
 from raydistill.recipes.noise_prediction import NoisePrediction
 from raydistill.recipes.online import Online
 from raydistill.recipes.self_forcing import SelfForcing
 from raydistill.recipes.teacher_forcing import TeacherForcing
+from raydistill.recipes.trajectory import Trajectory
 
 RECIPES: dict[type[Config], type[Recipe[Any]]] = {
     LmLogitsRecipe: LmLogits,
     NoisePredictionRecipe: NoisePrediction,
+    TrajectoryRecipe: Trajectory,
     SelfForcingRecipe: SelfForcing,
     CausalConsistencyRecipe: CausalConsistency,
     TeacherForcingRecipe: TeacherForcing,
+    FeaturesRecipe: Features,
 }
 
 

@@ -35,7 +35,7 @@ def render_report(run: Store) -> str:
     teachers, student = page.players(config)
     names = role_names(metrics) if metrics else ROLE_NAMES
     samples = page.section(_json(run, "samples.json"))
-    of_images = page.section(config.get("source")).get("kind") == "images"
+    of_images = page.section(config.get("source")).get("kind") in ("images", "videos", "prompts")
     teacher_names, teacher_rows = page.teacher_rows(metrics) if of_images else ([], [])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     folder = resources.files(__package__)
@@ -62,7 +62,7 @@ def render_report(run: Store) -> str:
         machine=machine_figures(log),
         benchmarks=page.benchmarks(metrics),
         gallery=gallery(run, samples, names),
-        samples=[] if samples.get("kind") == "images" else page.samples(samples),
+        samples=[] if samples.get("kind") in ("images", "videos") else page.samples(samples),
         of_images=of_images,
         inputs=caches.cache_facts(stats),
         signals=caches.signals(stats),

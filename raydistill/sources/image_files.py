@@ -85,10 +85,10 @@ def find_image_files(paths: Sequence[str], *, clips: bool = False) -> list[Image
         if clips:
             known = _with_frames(found, known, frames)
         if not known:
-            what, files = ("clip", "clips") if clips else ("image", "image files")
+            what, some = ("clip", "clips") if clips else ("image", "image files")
             more = ", folders *.frames" if clips else ""
             raise DataError(
-                f"source.paths: {path} gives no {what}; wanted {files} ({', '.join(sorted(suffixes))}){more}, "
+                f"source.paths: {path} gives no {what}; wanted {some} ({', '.join(sorted(suffixes))}){more}, "
                 ".parquet or .tar there"
             )
         for uri in known:

@@ -110,7 +110,7 @@ def test_a_time_that_is_no_node_is_stepped_on_exactly_or_refused():
     node = make(config, [0.833], steps=35)
     assert node.nodes[node.kept[0]].sigma == pytest.approx(0.833, abs=1e-9)
     assert len(node.nodes) == 37
-    with pytest.raises(ConfigError, match="wanted times at which the sampler stands.*found 0.833"):
+    with pytest.raises(ConfigError, match=r"wanted times at which the sampler stands.*found 0\.833"):
         make(config, [0.833], steps=35, insert=False)
 
 
