@@ -200,6 +200,10 @@ InitConfig = Annotated[
 ]
 
 
+TeacherAttention = Literal["bidirectional", "autoregressive"]
+"""Which frames a teacher sees: all of them, or, chunk by chunk, those before (which it must have been trained for)."""
+
+
 class CausalConfig(Config):
     """A video model that makes its frames in chunks, each of which sees those before it only."""
 

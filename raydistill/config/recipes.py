@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from raydistill.config.base import Config, tag_defaults_to
-from raydistill.config.models import DiffusersModel
+from raydistill.config.models import DiffusersModel, TeacherAttention
 from raydistill.config.world import FeaturesRecipe
 
 
@@ -150,10 +150,6 @@ class GanConfig(Config):
     """Factor of the approximate R1 penalty on real data."""
     r1_sigma: float = Field(default=0.1, gt=0)
     """Noise by which the penalty shifts real data."""
-
-
-TeacherAttention = Literal["bidirectional", "autoregressive"]
-"""Which frames a teacher sees: all of them, or, chunk by chunk, those before (which it must have been trained for)."""
 
 
 class SelfForcingRecipe(Config):

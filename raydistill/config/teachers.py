@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from raydistill.config.base import Config, tag_defaults_to
-from raydistill.config.models import DiffusersModel, LanguageModelConfig
+from raydistill.config.models import DiffusersModel, LanguageModelConfig, TeacherAttention
 from raydistill.config.world import FeaturesTeacher, RolloutTeacher
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -100,6 +100,11 @@ class OdeTrajectoryTeacher(Config):
     """The teacher. Its scheduler is the sampler."""
     weight: float = Field(default=1.0, ge=0)
     """Share of this teacher in the loss; weights are normalised over the teachers."""
+    teacher_attention: TeacherAttention = "bidirectional"
+    """An autoregressive teacher makes its videos chunk by chunk, as a causal student does, so that the student can know
+    what a state leads to. That of a teacher that sees all frames depends on frames that the student cannot see."""
+    chunk_frames: int | None = Field(default=None, ge=1)
+    """Latent frames of a chunk of an autoregressive teacher: those of `student.generator.causal`."""
     steps: int = Field(default=50, ge=1)
     """Steps of the sampler."""
     guidance_scale: float | None = Field(default=None, ge=0)
@@ -126,6 +131,12 @@ class OdeTrajectoryTeacher(Config):
         if any(a <= b for a, b in pairwise(times)) or not 0 < times[-1] <= times[0] <= 1:
             raise ValueError(f"wanted falling times above 0 and at most 1, found {list(times)}.")
         return times
+
+    @model_validator(mode="after")
+    def _chunks(self) -> Self:
+        if (self.teacher_attention == "autoregressive") != (self.chunk_frames is not None):
+            raise ValueError("chunk_frames: goes with teacher_attention: autoregressive, and only with it.")
+        return self
 
 
 TeacherConfig = Annotated[

@@ -11,6 +11,7 @@ from raydistill.config.sources import NoiseConfig
 from raydistill.config.teachers import OdeTrajectoryTeacher as TeacherSection
 from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError
+from raydistill.models.causal import CausalDenoiser
 from raydistill.models.denoiser import VIDEO_NETWORKS, predict
 from raydistill.models.sampler import Sampler
 from raydistill.signals import Batch, Field, JsonValue, Schema
@@ -47,6 +48,7 @@ class OdeTrajectory:
             insert=config.off_grid == "insert",
             where=where,
         )
+        self._causal = None if config.chunk_frames is None else CausalDenoiser(network, config.chunk_frames)
         frames = ("frame",) if isinstance(network, VIDEO_NETWORKS) else ()
         axes = ("channel", *frames, "height", "width")
         self.schema: Schema = {
@@ -66,6 +68,8 @@ class OdeTrajectory:
             "noise": noise.model_dump(mode="json"),
             "guidance_scale": config.guidance_scale,
             "guidance_formula": GUIDANCE,
+            "teacher_attention": config.teacher_attention,
+            "chunk_frames": config.chunk_frames,
         }
 
     @torch.no_grad()
@@ -89,8 +93,28 @@ class OdeTrajectory:
             uncond = predict(self._network, x_t, told, without)
             return uncond + self._scale * (cond - uncond)
 
-        clean, path = self._sampler(noise, guided)
+        if self._causal is None:
+            clean, path = self._sampler(noise, guided)
+        else:
+            clean, path = self._by_chunks(self._causal, noise, given, without)
         return {"clean": clean.cpu(), "path": path.cpu()}
+
+    def _by_chunks(
+        self, causal: CausalDenoiser, noise: Tensor, given: Mapping[str, Tensor], without: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same with the path of each chunk beside the finished chunks before it."""
+        asked = [given] if without is None else [given, without]
+        known = [causal.new_cache(noise.shape[2]) for _ in asked]
+        parts: list[tuple[Tensor, Tensor]] = []
+        for a, b in causal.spans(noise.shape[2]):
+
+            def guided(x_t: Tensor, told: Tensor, a: int = a) -> Tensor:
+                said = [causal.predict_chunk(x_t, told, c, k, a) for c, k in zip(asked, known, strict=True)]
+                return said[0] if len(said) == 1 else said[1] + self._scale * (said[0] - said[1])
+
+            parts.append(self._sampler(noise[:, :, a:b], guided))
+            guided(parts[-1][0], torch.zeros(len(noise), device=noise.device))  # later chunks see it clean
+        return torch.cat([clean for clean, _ in parts], 2), torch.cat([path for _, path in parts], 3)
 
     def _without(self, given: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor] | None:
         """The conditions of the negative prompt; None without guidance."""
