@@ -14,7 +14,14 @@ from importlib import resources
 from jinja2 import Environment, StrictUndefined
 
 from raydistill.report import caches, page
-from raydistill.report.curves import held_out_figures, in_thirds, loss_figures, machine_figures, read_log
+from raydistill.report.curves import (
+    convergence_words,
+    held_out_figures,
+    in_thirds,
+    loss_figures,
+    machine_figures,
+    read_log,
+)
 from raydistill.report.images import gallery, timestep_figures
 from raydistill.report.words import IMAGE_PARTS, PARTS, ROLE_NAMES, lede, role_names
 from raydistill.signals import JsonValue
@@ -59,6 +66,7 @@ def render_report(run: Store) -> str:
         in_thirds=in_thirds,
         losses=loss_figures(log, baseline, IMAGE_PARTS if of_images else PARTS),
         evaluations=held_out_figures(log, baseline),
+        convergence=convergence_words(log),
         machine=machine_figures(log),
         benchmarks=page.benchmarks(metrics),
         gallery=gallery(run, samples, names),

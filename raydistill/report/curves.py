@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from raydistill.evaluate.convergence import converged
 from raydistill.report.charts import NARROW, WIDE, Format, Point, Series, line_chart, needs_log, number, percent
 from raydistill.report.words import PARTS, Metric, as_number, metric_of, said
 from raydistill.signals import JsonValue
@@ -121,6 +122,30 @@ def held_out_figures(log: Log, baseline: Log) -> list[Figure]:
         value = _of("evaluation", name)
         figures.append(_pair(metric.title, metric.meaning, log, baseline, value, metric.unit, width=NARROW))
     return [f for f in figures if f.chart]
+
+
+def convergence_words(log: Log, name: str = "mse_to_teacher") -> list[str]:
+    """Of each phase with enough evaluations, whether the error `name` on held-out rows has stopped falling."""
+    sentences = []
+    for _, phase in log.phases:
+        of_phase = [line for _, line in log.lines if line.get("phase") == phase]
+        points = [(line.get("step"), as_number(_of("evaluation", name)(line))) for line in of_phase]
+        known = [(int(str(step)), value) for step, value in points if value is not None]
+        if not known:
+            continue
+        found = converged([step for step, _ in known], [value for _, value in known])
+        gain, step = as_number(found["gain"]), as_number(found["step"])
+        if gain is None:
+            continue
+        title = (metric_of(name) or Metric(name, _words(name), "")).title
+        over = f"over the last {found['patience']} evaluations"
+        if step is None:
+            said_of = f"still falls, by {percent(gain)} {over}: it has not converged"
+        else:
+            least = percent(as_number(found["least_gain"]) or 0.0)
+            said_of = f"has converged at step {number(step)}: from there on it fell by less than {least} {over}"
+        sentences.append(f"{phase}: {title[:1].lower()}{title[1:]} {said_of}.")
+    return sentences
 
 
 def machine_figures(log: Log) -> list[Figure]:
