@@ -68,16 +68,17 @@ class WorldModel(Config):
     library: Literal["world"]
     source: str | None = None
     """Folder of a world model (config.json, model.safetensors), or `run://config.yaml` (the export of another run);
-    null where `sizes` gives the architecture."""
+    null where `sizes` gives the architecture of a model that starts at random."""
     sizes: WorldSizes | None = None
-    """Architecture of a model that starts at random; null takes that of `source`."""
+    """Architecture; null takes that of `source`. Beside a `source` it says what is wanted there, which `--plan` counts
+    before the folder is there."""
     dtype: Dtype = "float32"
     """Number format in which the weights are held (teachers) or exported (students)."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.source is None) == (self.sizes is None):
-            raise ValueError("wanted exactly one of source and sizes.")
+        if self.source is None and self.sizes is None:
+            raise ValueError("wanted a source or sizes, found neither.")
         return self
 
 

@@ -50,9 +50,14 @@ class Features(Recipe[FeaturesRecipe]):
                 "student of library world."
             )
         self._world = student
-        self._used = [t for t in teachers.values() if t.weight > 0] if config.alpha > 0 else []
+        signal = "features" if config.learn_from == "episodes" else "rollout"
+        asked = [t for t in teachers.values() if t.weight > 0 and t.facts["signal"] == signal]
+        self._used = asked if config.alpha > 0 else []
         if config.alpha > 0 and not self._used:
-            raise ConfigError(f"recipe features with alpha {config.alpha:g} wants a teacher of weight > 0, found none.")
+            raise ConfigError(
+                f"recipe features with alpha {config.alpha:g} and learn_from: {config.learn_from} wants a teacher of "
+                f"signal {signal} and weight > 0, found none."
+            )
         self._check_teachers()
         rules = (("feature", config.features), ("attention", config.attention))
         self._paths = {f"{word}{i}": rule.student for word, group in rules for i, rule in enumerate(group)}
@@ -63,8 +68,8 @@ class Features(Recipe[FeaturesRecipe]):
         extra = nn.ModuleDict({**parts, **({"probe": self._probe} if self._probe is not None else {})})
         self._player: nn.Module = WithAdapters(student, extra) if len(extra) else student
         wants = (config.prediction, config.next_codes, config.diversity, config.smoothness, config.action)
-        asked = (config.output, config.kl) if self._used else ()
-        self._predicts = any((*wants, *asked)) or any(not p.startswith("encoder") for p in self._paths.values())
+        told = (config.output, config.kl) if self._used else ()
+        self._predicts = any((*wants, *told)) or any(not p.startswith("encoder") for p in self._paths.values())
 
     @property
     def reads(self) -> Mapping[str, tuple[str, ...]]:
@@ -108,10 +113,15 @@ class Features(Recipe[FeaturesRecipe]):
             out = self._world(clips, actions, predict=self._predicts, reconstruct=config.reconstruction > 0)
         parts = self._task(out, clips, valid, 1 - config.alpha)
         for teacher in teachers:
-            share = config.alpha * (teacher.weight if len(teachers) > 1 else 1.0)
+            share = config.alpha * self._share(teacher, teachers)
             parts |= self._distilled(teacher, out, batch, valid, share)
         parts |= self._matched(teachers, batch, valid)
         return Loss({**parts, **self._remedies(out, clips, actions, self._target(teachers, batch, clips), valid)})
+
+    @staticmethod
+    def _share(teacher: TeacherView, teachers: Sequence[TeacherView]) -> float:
+        """A teacher's part of the weight of those that are asked in this step."""
+        return teacher.weight / sum(t.weight for t in teachers)
 
     def _asked(self, rng: Draws) -> list[TeacherView]:
         """The teachers of this step: all, or the one whose rollouts are its clips."""
@@ -196,7 +206,7 @@ class Features(Recipe[FeaturesRecipe]):
             for index, rule in enumerate(group):
                 own = taken[f"{word}{index}"]
                 for teacher, tap in self._pairs(rule, teachers):
-                    share = config.alpha * (teacher.weight if len(teachers) > 1 else 1.0) * rule.weight
+                    share = config.alpha * self._share(teacher, teachers) * rule.weight
                     target = teacher.field(batch, f"tap.{tap}")
                     label = f"{word}/{teacher.name}.{tap}"
                     where = f"recipe.{word} {index} ({rule.student} to {teacher.name}.{tap})"

@@ -50,6 +50,7 @@ class Features:
         self._shapes = {name: tuple(values.shape[1:]) for name, values in said.items()}
         self.schema: Schema = self._schema(said)
         self.facts: Mapping[str, JsonValue] = {
+            "signal": config.signal,
             "num_actions": self._model.num_actions,
             "frame_shape": [channels, height, width],
             "clip_frames": clip_frames,

@@ -102,7 +102,13 @@ def load_world_teacher(model: WorldTeacherModel) -> nn.Module:
         case WorldModel():
             if model.source is None:
                 raise ConfigError("teachers.*.model.sizes: wanted a teacher with weights; name its folder in source.")
-            return load_world_folder(_folder(model.source), dtype=dtype)
+            folder = _folder(model.source)
+            found = read_sizes(folder)
+            if model.sizes is not None and model.sizes != found:
+                raise ConfigError(
+                    f"{model.source}: wanted the sizes of teachers.*.model.sizes, found {found}; correct them."
+                )
+            return load_world_folder(folder, dtype=dtype)
         case WorldPythonModel():
             network = _called(model)
             require_world_model(network, where=model.source)

@@ -1,0 +1,324 @@
+"""What a run of world models will cost: parameters, FLOP, bytes, hours, and whether to keep signals or ask online."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from raydistill.config.base import Config
+from raydistill.config.schema import RunConfig
+from raydistill.config.training import PhaseConfig
+from raydistill.config.world import EpisodesSource, WorldModel, WorldSizes, WorldTeacher
+from raydistill.errors import RaydistillError
+from raydistill.models.taps import Taps
+from raydistill.models.world.features import per_clip
+from raydistill.models.world.files import world_sizes
+from raydistill.models.world.model import empty_world
+from raydistill.plan.accelerators import ACCELERATORS
+from raydistill.plan.estimate import MemoryPlan, memory_of, total_of
+from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
+from raydistill.train.parameters import parameter_groups
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BACKWARD = 2.0
+"""FLOP of a backward pass over those of the forward pass."""
+
+
+class WorldCounts(Config):
+    """What a world model costs; counted on the meta device."""
+
+    parameters: int
+    """Numbers in the model."""
+    parts: dict[str, int]
+    """The same by part."""
+    clip_flops: float
+    """FLOP of a forward pass over one clip."""
+    frame_flops: float
+    """FLOP of one frame of play, keys and values kept."""
+
+
+class WorldTeacherPlan(Config):
+    """What a teacher costs; None where its architecture could not be read."""
+
+    name: str
+    """Name of the teacher."""
+    counts: WorldCounts | None
+    """Its size."""
+    weight_bytes: int | None
+    """Memory of its weights."""
+    clip_bytes: float | None
+    """Bytes that its signal keeps of a clip."""
+    total_bytes: float | None
+    """Bytes of the whole signal; 0 for a teacher that is asked online."""
+    hours: float | None
+    """Accelerator hours of asking it about every clip once, or, online, in every step."""
+    other_hours: float | None
+    """The same for the other way: online if it is cached, cached if it is online."""
+    online: bool
+    """Whether it is asked while the student trains."""
+
+
+class WorldPhasePlan(Config):
+    """What a phase costs."""
+
+    name: str
+    """Name of the phase."""
+    steps: int | None
+    """Optimizer steps."""
+    clips: float | None
+    """Clips trained on."""
+    trained_parameters: int | None
+    """Numbers that are trained."""
+    hours: float | None
+    """Accelerator hours."""
+    memory: MemoryPlan | None
+    """Memory of one worker."""
+
+
+class WorldPlan(Config):
+    """What a run will cost."""
+
+    name: str
+    """Name of the run."""
+    accelerator: str
+    """Accelerator that hours are counted on."""
+    utilisation: float
+    """Share of the peak that is reached."""
+    workers: int
+    """Training workers; the fewest when training is elastic."""
+    clips: int | None
+    """Clips of the source, of all splits; None when the source must be read first."""
+    clip_bytes: int
+    """Bytes of a clip in the inputs cache."""
+    teachers: tuple[WorldTeacherPlan, ...]
+    """Teachers."""
+    student: WorldCounts | None
+    """The student."""
+    phases: tuple[WorldPhasePlan, ...]
+    """Phases."""
+    hours: float | None
+    """All accelerator hours; None when a part is not known."""
+    price: float | None
+    """Price of all hours, when one is configured."""
+    missing: tuple[str, ...]
+    """What could not be known, and why."""
+
+
+def plan_worlds(config: RunConfig) -> WorldPlan:
+    """The cost of `config`, whose paths are resolved. Runs nothing; what cannot be known is None and in `missing`."""
+    missing: list[str] = []
+    source = config.episodes
+    rate = ACCELERATORS[config.plan.accelerator].flops * config.plan.utilisation
+    clips = _clips(source)
+    if clips is None:
+        missing.append("number of clips: the source must be read first (--stages inputs)")
+    student = _counted("student", config.student.model, source, missing)
+    workers = config.resources.train.workers
+    fewest = max(1, workers if isinstance(workers, int) else workers[0])
+    phases = tuple(_phase(phase, config, student, clips, rate, fewest) for phase in config.phases)
+    taught = total_of([p.clips for p, c in zip(phases, config.phases, strict=True) if c.recipe.uses_teacher])
+    teachers = tuple(
+        _teacher(t, config, clips, taught, rate, missing) for t in config.teachers if isinstance(t, WorldTeacher)
+    )
+    hours = total_of([*(t.hours for t in teachers), *(p.hours for p in phases)])
+    price = config.plan.price_per_hour
+    frame = 3 * source.frame_size[0] * source.frame_size[1]
+    return WorldPlan(
+        name=config.name,
+        accelerator=config.plan.accelerator,
+        utilisation=config.plan.utilisation,
+        workers=fewest,
+        clips=clips,
+        clip_bytes=source.clip_frames * frame + 4 * source.clip_frames,
+        teachers=teachers,
+        student=student,
+        phases=phases,
+        hours=hours,
+        price=hours * price if hours is not None and price is not None else None,
+        missing=tuple(missing),
+    )
+
+
+def _clips(source: EpisodesSource) -> int | None:
+    game = source.environment
+    if game is None:
+        return None
+    episodes = min(game.episodes, source.max_episodes or game.episodes)
+    return episodes * -(-game.steps // source.step)
+
+
+def count_world(sizes: WorldSizes, clip_frames: int) -> WorldCounts:
+    """Parameters and FLOP of a model of the reference family, without its numbers."""
+    network = empty_world(sizes)
+    frames = torch.zeros(1, clip_frames, sizes.channels, *sizes.frame_size, device="meta")
+    actions = torch.zeros(1, clip_frames - 1, dtype=torch.long, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        network(frames, actions)
+    with torch.no_grad(), FlopCounterMode(display=False) as play:
+        network.rollout(frames[:, :1], actions)
+    return WorldCounts(
+        parameters=sum(p.numel() for p in network.parameters()),
+        parts={name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()},
+        clip_flops=float(forward.get_total_flops()),
+        frame_flops=play.get_total_flops() / (clip_frames - 1),
+    )
+
+
+def _counted(who: str, model: object, source: EpisodesSource, missing: list[str]) -> WorldCounts | None:
+    if not isinstance(model, WorldModel):
+        missing.append(f"size and cost of {who}: it is built by a function of the user's")
+        return None
+    try:
+        return count_world(world_sizes(model), source.clip_frames)
+    except RaydistillError as error:
+        missing.append(f"size and cost of {who}: {error}")
+        return None
+
+
+def _teacher(
+    teacher: WorldTeacher, config: RunConfig, clips: int | None, taught: float | None, rate: float, missing: list[str]
+) -> WorldTeacherPlan:
+    source, online = config.episodes, teacher.online != "no"
+    counts = _counted(f"teacher {teacher.name}", teacher.model, source, missing)
+    per_clip_bytes = hours = other = None
+    if counts is not None and isinstance(teacher.model, WorldModel):
+        per_clip_bytes = float(signal_bytes(teacher, world_sizes(teacher.model), source.clip_frames))
+        flops = counts.clip_flops + (
+            counts.frame_flops * (source.clip_frames - 1) if teacher.signal == "rollout" else 0
+        )
+        cached = None if clips is None else flops * clips / rate / 3600
+        asked = None if taught is None else flops * taught / rate / 3600
+        hours, other = (asked, cached) if online else (cached, asked)
+    total = None if clips is None or per_clip_bytes is None else 0.0 if online else per_clip_bytes * clips
+    return WorldTeacherPlan(
+        name=teacher.name,
+        counts=counts,
+        weight_bytes=None if counts is None else counts.parameters * BYTES[teacher.model.dtype],
+        clip_bytes=per_clip_bytes,
+        total_bytes=total,
+        hours=hours,
+        other_hours=None if teacher.signal == "rollout" else other,
+        online=online,
+    )
+
+
+def signal_bytes(teacher: WorldTeacher, sizes: WorldSizes, clip_frames: int) -> int:
+    """Bytes that a signal keeps of one clip: frames, logits, codes, taps, and the clips of rollouts."""
+    network = empty_world(sizes)
+    frames = torch.zeros(1, clip_frames, sizes.channels, *sizes.frame_size, device="meta")
+    actions = torch.zeros(1, clip_frames - 1, dtype=torch.long, device="meta")
+    taps = Taps(network, {name: tap.module for name, tap in teacher.taps.items()}, where=f"teachers.{teacher.name}")
+    with torch.no_grad(), taps:
+        said = network(frames, actions)
+    size = BYTES[teacher.store_dtype]
+    numbers = said.frames.numel()
+    if teacher.logits and said.logits is not None:
+        numbers += said.logits.numel()
+    for name, feature in taps.taken().items():
+        numbers += _kept(teacher, name, per_clip(feature, teacher.taps[name].kind, 1, where=name))
+    whole = numbers * size + 4 * (0 if said.codes is None else said.codes.numel())
+    return whole + (frames.numel() + 4 * actions.numel() if teacher.signal == "rollout" else 0)
+
+
+def _kept(teacher: WorldTeacher, name: str, feature: Tensor) -> int:
+    width = feature.shape[-1]
+    rank = teacher.rank if teacher.taps[name].kind == "hidden" else None
+    return feature.numel() // width * min(width, rank or width)
+
+
+def _phase(
+    phase: PhaseConfig, config: RunConfig, student: WorldCounts | None, clips: int | None, rate: float, workers: int
+) -> WorldPhasePlan:
+    steps, seen = phase.steps, None
+    if steps is not None:
+        seen = float(steps * phase.batch.global_size)
+    elif clips is not None and phase.epochs is not None:
+        seen = phase.epochs * clips * (1 - config.evaluate.held_out)
+        steps = -(-int(seen) // phase.batch.global_size)
+    trained = memory = hours = None
+    if student is not None:
+        assert isinstance(config.student.model, WorldModel)
+        network = empty_world(world_sizes(config.student.model))
+        where = f"phases: {phase.name}: trainable"
+        parameter_groups(network, phase.trainable, next(iter(phase.optimizer.values())), where=where)
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        memory = memory_of(student.parameters, trained, phase, workers)
+        passes = 1 + BACKWARD + (1 if config.student.gradient_checkpointing else 0)
+        hours = None if seen is None else passes * student.clip_flops * seen / rate / 3600
+    return WorldPhasePlan(
+        name=phase.name, steps=steps, clips=seen, trained_parameters=trained, hours=hours, memory=memory
+    )
+
+
+def world_table(plan: WorldPlan) -> str:
+    """The plan for a terminal; what is not known is a question mark, and the reasons stand at the end."""
+    about = UNKNOWN if plan.clips is None else f"about {plan.clips:,}"
+    total = None if plan.clips is None else float(plan.clips * plan.clip_bytes)
+    sections: list[Section] = [
+        (f"Plan of {plan.name}", accelerator_lines(plan.accelerator, plan.utilisation)),
+        ("Episodes", [("clips", about), ("cache", f"{bytes_of(plan.clip_bytes)} per clip, {bytes_of(total)}")]),
+        *(_teacher_lines(teacher, plan) for teacher in plan.teachers),
+        _student_lines(plan),
+        *(_phase_lines(phase, plan) for phase in plan.phases),
+        ("Total", [("all", hours_of(plan.hours, plan.accelerator)), *_price(plan)]),
+        ("Not known", [("", reason) for reason in plan.missing]),
+    ]
+    return "\n\n".join(block(title, lines) for title, lines in sections if lines)
+
+
+def _price(plan: WorldPlan) -> list[tuple[str, str]]:
+    return [] if plan.price is None else [("price", f"{plan.price:,.2f}")]
+
+
+def _size(counts: WorldCounts | None) -> str:
+    if counts is None:
+        return UNKNOWN
+    return f"{si(counts.parameters)} ({', '.join(f'{name} {si(n)}' for name, n in counts.parts.items())})"
+
+
+def _teacher_lines(teacher: WorldTeacherPlan, plan: WorldPlan) -> Section:
+    counts, name = teacher.counts, plan.accelerator
+    kept = f"{bytes_of(teacher.clip_bytes)} per clip, {bytes_of(teacher.total_bytes)}"
+    way, other = ("asked online", "a cache") if teacher.online else ("cached", "asking online")
+    lines = [
+        ("parameters", _size(counts)),
+        ("weights", f"{bytes_of(teacher.weight_bytes)}{too_big(teacher.weight_bytes, name)}"),
+        ("signal", f"none is kept ({kept.partition(',')[0]} if it were)" if teacher.online else kept),
+        ("forward", f"{si(counts.clip_flops if counts else None, 'FLOP')}/clip"),
+        ("play", f"{si(counts.frame_flops if counts else None, 'FLOP')}/frame"),
+        ("time", f"{hours_of(teacher.hours, name)}, {way}"),
+    ]
+    if teacher.other_hours is not None and teacher.hours is not None:
+        cheaper = way if teacher.hours <= teacher.other_hours else other
+        lines.append(("", f"({other}: {hours_of(teacher.other_hours, name)}; cheaper is {cheaper})"))
+    return f"Teacher {teacher.name}", lines
+
+
+def _student_lines(plan: WorldPlan) -> Section:
+    counts = plan.student
+    lines = [
+        ("parameters", _size(counts)),
+        ("forward", f"{si(counts.clip_flops if counts else None, 'FLOP')}/clip"),
+        ("play", f"{si(counts.frame_flops if counts else None, 'FLOP')}/frame"),
+    ]
+    for teacher in plan.teachers:
+        if counts is not None and teacher.counts is not None:
+            fewer = teacher.counts.parameters / counts.parameters
+            faster = teacher.counts.frame_flops / counts.frame_flops
+            lines.append(
+                ("", f"{fewer:.1f} × fewer parameters than {teacher.name}, {faster:.1f} × fewer FLOP per frame")
+            )
+    return "Student", lines
+
+
+def _phase_lines(phase: WorldPhasePlan, plan: WorldPlan) -> Section:
+    lines: list[tuple[str, str]] = [
+        ("steps", f"{UNKNOWN if phase.steps is None else f'{phase.steps:,}'}, {si(phase.clips)} clips"),
+        ("trained", f"{si(phase.trained_parameters)} parameters"),
+        ("time", hours_of(phase.hours, plan.accelerator)),
+    ]
+    if phase.memory is not None:
+        size = phase.memory.device
+        lines.append(("memory", f"{bytes_of(size)} on each of {plan.workers}{too_big(size, plan.accelerator)}"))
+    return f"Phase {phase.name}", lines
