@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import ray
 
+from raydistill.cache.board import measured_by_ray
 from raydistill.cache.pool import require_cluster
 from raydistill.config.paths import require_shared_folder
 from raydistill.config.schema import RunConfig, TeacherResources, TrainResources
@@ -33,6 +34,7 @@ def connect(config: RunConfig) -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, polite_kill)  # Ray puts a plain exit in its place
+    measured_by_ray()
     require_shared_folder(config, num_nodes=sum(node["Alive"] for node in ray.nodes()))
 
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
 
 QUIET_SECONDS = 20.0
+
+watchers: list[Callable[[Progress, str], None]] = []
+"""Called with a progress that is not silent, and its note, whenever it has moved."""
+hearers: list[Callable[[str], None]] = []
+"""Called with every line that is said."""
+
+
+def say(line: str) -> None:
+    """Print a line about a stage, and let whoever listens have it."""
+    print(line, flush=True)
+    for hear in hearers:
+        hear(line)
 
 
 class Progress:
@@ -20,7 +33,7 @@ class Progress:
 
     def __init__(self, label: str, *, total: float | None, unit: str, done: float = 0, silent: bool = False):
         self.label, self.total, self.unit, self.silent = label, total, unit, silent
-        self.done, self._first = done, done
+        self.done, self.first = done, done
         self._bar: tqdm[None] | None = None
         self._start = self._printed = time.monotonic()
 
@@ -36,6 +49,8 @@ class Progress:
     def advance(self, amount: float, *, note: str = "") -> None:
         """Add `amount` units; `note` is shown beside the count."""
         self.done += amount
+        for watch in () if self.silent else tuple(watchers):
+            watch(self, note)
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
@@ -45,7 +60,7 @@ class Progress:
 
     def _line(self, note: str) -> str:
         seconds = time.monotonic() - self._start
-        rate = (self.done - self._first) / max(seconds, 1e-9)
+        rate = (self.done - self.first) / max(seconds, 1e-9)
         line = f"{self.label}: {self.done:,.0f}"
         if self.total is not None:
             line += f"/{self.total:,.0f} {self.unit}, {rate:,.1f}/s"
@@ -60,7 +75,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and self.done > self._first and not self.silent:
+        elif kind is None and self.done > self.first and not self.silent:
             seconds = time.monotonic() - self._start
-            rate = (self.done - self._first) / max(seconds, 1e-9)
+            rate = (self.done - self.first) / max(seconds, 1e-9)
             print(f"{self.label}: {self.done:,.0f} {self.unit} in {seconds:,.1f} s ({rate:,.1f}/s)", flush=True)

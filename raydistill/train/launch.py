@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.memory import keep_freed_memory
+from raydistill.progress import say
 from raydistill.train.checkpoint import Progressed
 from raydistill.train.evaluation import (
     Report,
@@ -109,16 +110,18 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from raydistill.cache.board import Watched
+
     # Ray Train's patch of `print` shows every line twice. It passes this variable on to the workers.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     resources = job.config.resources.train
     workers = resources.workers
     failures = 0
-    with _Beside(job) as beside:
+    with _Beside(job) as beside, Watched() as watched:
         while True:
             trainer = TorchTrainer(
                 _ray_worker,  # type: ignore[arg-type]
-                train_loop_config={"job": job},
+                train_loop_config={"job": job, "board": watched.board},
                 torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo", timeout_s=SILENT_WORKER_SECONDS),
                 scaling_config=ScalingConfig(
                     num_workers=workers,  # type: ignore[arg-type]
@@ -163,18 +166,24 @@ def _fit(trainer: TorchTrainer) -> Result:
     return trainer.fit()
 
 
-def _ray_worker(config: dict[str, PhaseJob]) -> Progressed:
+def _ray_worker(config: dict[str, Any]) -> Progressed:
     import ray.train
 
+    from raydistill.cache import board
+
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # or it tells of every report
-    job = config["job"]
+    job: PhaseJob = config["job"]
 
     def tell(values: Mapping[str, float]) -> None:
         # Ray Train takes one report in two seconds and makes the workers wait for it, so it is not told of every line.
         if is_evaluation(values) or values["step"] % job.phase.checkpoint.every_steps == 0:
             ray.train.report(dict(values))
 
-    return run_worker(job, tell, _Notices(job))
+    end = board.tell(config["board"])
+    try:
+        return run_worker(job, tell, _Notices(job))
+    finally:
+        end()
 
 
 class _Notices:
@@ -200,7 +209,7 @@ class _Notices:
         new = set(info.preempted_node_ids) - self._known if info is not None else set()
         self._known |= new
         if new and dist.get_rank() == 0:
-            print(f"phase {self._job.phase.name}: {len(new)} node(s) will be taken away; saving now", flush=True)
+            say(f"phase {self._job.phase.name}: {len(new)} node(s) will be taken away; saving now")
         return bool(new)
 
 

@@ -27,6 +27,7 @@ from raydistill.errors import ConfigError
 from raydistill.models.assemble import own_state
 from raydistill.models.student import load_student
 from raydistill.models.world.model import WorldNetwork
+from raydistill.progress import say
 from raydistill.recipes import make_recipe
 from raydistill.recipes.base import Recipe, TeacherView
 from raydistill.signals import AVERAGE, Draws
@@ -83,9 +84,9 @@ class Prepared:
             return Progressed()
         changed = require_same_settings(progressed.settings, self.job, allowed=MAY_CHANGE)
         if self.rank == 0:
-            print(f"phase {self.job.phase.name}: continuing after step {progressed.step}", flush=True)
+            say(f"phase {self.job.phase.name}: continuing after step {progressed.step}")
             if changed:
-                print("with settings that changed since the checkpoint:\n" + "\n".join(changed), flush=True)
+                say("with settings that changed since the checkpoint:\n" + "\n".join(changed))
         self.checkpoints.load(progressed, self.engines, self.ema)
         return progressed
 
@@ -178,7 +179,7 @@ def make_engines(job: PhaseJob, recipe: Recipe[Config], num_steps: int, device: 
         where = f"phase {phase.name!r}, player {name}"
         groups = player_groups(network, own, rules, phase.optimizer[name], where=where)
         if dist.get_rank() == 0:
-            print(f"phase {phase.name}, player {name}: trained parameters\n{groups_table(groups, network)}", flush=True)
+            say(f"phase {phase.name}, player {name}: trained parameters\n{groups_table(groups, network)}")
         engines[name] = Engine(recipe, name, groups, phase, phase.optimizer[name], num_steps=num_steps, device=device)
     return engines
 
