@@ -1,4 +1,4 @@
-"""What beginning with the teacher's weights saves: steps and time to the loss that a random student ends with.
+r"""What beginning with the teacher's weights saves: steps and time to the loss that a random student ends with.
 
     python benchmarks/projection.py FOLDER --name lm --config configs/quickstart.yaml --metric kl_to_teacher \
         --student '{num_hidden_layers: 10, hidden_size: 384, intermediate_size: 1024, num_attention_heads: 6,
@@ -8,7 +8,8 @@
         phases.0.optimizer.student.warmup_steps=20
     python benchmarks/projection.py FOLDER --name images --config configs/tiny/wan_lite_projection.yaml \
         --metric mse_to_teacher --bases importance --features-of configs/tiny/teachers/vae \
-        --student '{num_layers: 4, num_attention_heads: 3, attention_head_dim: 16, ffn_dim: 128}' --steps 600 --every 25
+        --student '{num_layers: 4, num_attention_heads: 3, attention_head_dim: 16, ffn_dim: 128}' --steps 300 \
+        --every 20 --rows 64
 
 One student architecture is trained from random weights and from each basis and depth rule, all from one cache, in
 one order, for as many steps and at one learning rate. Evaluations on held-out rows every `--every` steps say when each
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -96,7 +98,7 @@ def main() -> None:
         write(
             f"projection_{options.name}",
             {
-                "command": " ".join(["python benchmarks/projection.py FOLDER", *sys.argv[2:]]),
+                "command": f"python benchmarks/projection.py FOLDER {shlex.join(sys.argv[2:])}",
                 "metric": options.metric,
                 "goal": goal,
                 "table": table(runs),
