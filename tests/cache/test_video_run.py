@@ -1,0 +1,116 @@
+"""From prompts to a measured, exported student of few steps, without Ray: the stages one after the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest_cache import InProcess
+from PIL import Image
+from video_run import FRAMES, SIDE, T_LIST, video_config, write_parts
+
+from raydistill.cache.build import build_inputs, build_signal
+from raydistill.config.metrics import training_metrics
+from raydistill.config.schema import RunConfig
+from raydistill.evaluate.job import EvaluateJob, Evaluation
+from raydistill.evaluate.stage import evaluate_run
+from raydistill.models.denoiser_student import export_denoiser
+from raydistill.models.student import load_student, publish_student
+from raydistill.report import write_report
+from raydistill.storage import Store
+from raydistill.train.job import PhaseJob
+from raydistill.train.launch import train_phase
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def trained(config: RunConfig) -> tuple[EvaluateJob, Evaluation, Store]:
+    """Everything up to the stage `evaluate`."""
+    caches, run = Store(config.cache.dir), Store(config.run_dir)
+    inputs, manifest = build_inputs(config, caches)
+    signals = {t.name: build_signal(config, t, inputs, manifest, caches)[0].uri for t in config.teachers}
+    publish_student(config.first_student, seed=0, run=run, rows=lambda number: [])
+    weights = None
+    for phase in config.phases:
+        folder = f"phases/{phase.name}"
+        job = PhaseJob(
+            config=config, phase=phase, run=run.uri, folder=folder, inputs=inputs.uri, signals=signals,
+            student=f"{run.uri}/init", weights=weights,
+        )  # fmt: skip
+        train_phase(job)
+        weights = f"{run.uri}/{folder}/final"
+    assert weights is not None
+    evaluation = EvaluateJob(
+        config=config, inputs=inputs.uri, signals=signals, student=f"{run.uri}/init", weights={"student": weights}
+    )
+    return evaluation, evaluate_run(evaluation), run
+
+
+def test_causal_kd_then_self_forcing_are_phases_of_one_run(in_process: InProcess, parts: Path, tmp_path: Path) -> None:
+    config = video_config(parts, tmp_path, evaluate={"held_out": 0.4, "baseline": False, "every_steps": 2,
+                                                     "videos": {"samples": 2, "rollout_frames": 8}})  # fmt: skip
+    plain = config.model_dump(mode="json")
+    plain["phases"].append(
+        plain["phases"][0]
+        | {
+            "name": "sf",
+            "steps": 4,
+            "recipe": {"kind": "self_forcing", "critic_updates": 1, "guidance_scale": 2.0},
+            "optimizer": {"student": {"lr": 1e-4}, "critic": {"lr": 1e-4}},
+        }
+    )
+    config = RunConfig.model_validate(plain)
+    _, found, run = trained(config)
+    metrics = found.metrics
+    assert {"teacher", "student_init", "student", "comparison", "held_out", "cache"} <= {*metrics}
+    line: Any = metrics["student"]
+    assert {*training_metrics(config)} <= {*line}
+    assert line["mse_to_teacher"] == line[f"mse_after/{len(T_LIST) - 1}"]
+    assert line["frames_per_second"] == pytest.approx(FRAMES * line["samples_per_second"])
+    assert line["rollout_frames"] == 8
+    assert metrics["teacher"]["mse_to_teacher"] == 0.0  # type: ignore[index, call-overload]
+    for name, content in found.files.items():
+        run.publish(name, content)
+    shown: Any = found.samples
+    assert shown["kind"] == "videos"
+    first = shown["samples"][0]
+    assert {*first["outputs"]} == {"teacher/ode", "student"} == {*first["players"]}
+    with Image.open(Path(run.path(first["outputs"]["student"]))) as animation:
+        assert (animation.size, animation.n_frames) == ((SIDE, SIDE), FRAMES)  # type: ignore[attr-defined]
+    lines = [json.loads(text) for text in run.read_text("metrics.jsonl").splitlines()]
+    assert [line["evaluation"].keys() for line in lines if "evaluation" in line]
+    run.publish("metrics.json", json.dumps(metrics))
+    run.publish("samples.json", json.dumps(found.samples))
+    run.publish("cache_stats.json", json.dumps(found.cache_stats))
+    run.publish("config.json", json.dumps({"config": config.model_dump(mode="json"), "versions": {}}))
+    write_report(run)
+    page = run.read_text("report.html")
+    assert page.count("data:image/webp;base64,") == 4  # two prompts, teacher and student
+    student = load_student(Path(run.path("init")), weights=Path(run.path("phases/sf/final")))
+    export_denoiser(student, tmp_path / "export", dtype=torch.float32)  # type: ignore[arg-type]
+    written = json.loads((tmp_path / "export/generator.json").read_text())
+    assert written["t_list"] == T_LIST
+    assert written["causal"]["chunk_frames"] == 2
+
+
+def test_a_student_that_is_the_teacher_and_takes_its_steps_makes_its_samples(
+    in_process: InProcess, parts: Path, tmp_path: Path
+) -> None:
+    """At the times of the sampler's steps, with the noise that a prediction implies, few steps are Euler's steps."""
+    config = video_config(parts, tmp_path)
+    plain = config.model_dump(mode="json")
+    times = [1.0, 0.7, 0.4]
+    plain["teachers"][0] |= {"steps": 1, "keep_t": times, "guidance_scale": None, "store_dtype": "float32"}
+    plain["student"]["generator"] = {"t_list": [*times, 0.0], "renoise": "same"}
+    plain["phases"][0]["recipe"]["causal"] = False
+    plain["phases"][0]["optimizer"]["student"]["lr"] = 1e-30
+    _, found, _ = trained(RunConfig.model_validate(plain))
+    line: Any = found.metrics["student"]
+    assert line["mse_to_teacher"] < 1e-9
+    assert line["mse_after/1"] > 1e-4
