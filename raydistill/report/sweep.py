@@ -328,11 +328,16 @@ class _Page:
         """With one cache against teachers beside every student: by the cost model, and in time."""
         figures = []
         for key, title, note, words in (
-            ("flops", "Computing, by the cost model", "floating-point operations", partial(_with_unit, unit="FLOP")),
-            ("seconds", "Time, as measured", "the teachers' rate is that of building the cache", duration),
+            (
+                "flops",
+                "Computing, by the cost model",
+                "with one cache, and with teachers beside every student",
+                partial(_with_unit, unit="FLOP"),
+            ),
+            ("seconds", "Time, as measured", "online teachers at the rate of building the cache", duration),
         ):
             part = self.found["accounting"].get(key) or {}
-            names = (("with_cache", "one cache", "student"), ("online", "teachers online", "student_ce"))
+            names = (("with_cache", "one cache", "student"), ("online", "online", "student_ce"))
             bars = [Bar(name, part[k], words(part[k]), tone) for k, name, tone in names if finite(part.get(k))]
             if len(bars) == 2:
                 figures.append(Figure(title, note, bar_chart(bars, label=title)))
