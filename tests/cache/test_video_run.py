@@ -114,3 +114,22 @@ def test_a_student_that_is_the_teacher_and_takes_its_steps_makes_its_samples(
     line: Any = found.metrics["student"]
     assert line["mse_to_teacher"] < 1e-9
     assert line["mse_after/1"] > 1e-4
+
+
+def test_a_teacher_is_trained_on_clips_and_shown_in_motion(in_process: InProcess, parts: Path, tmp_path: Path) -> None:
+    plain = video_config(parts, tmp_path).model_dump(mode="json")
+    plain["source"] = {
+        "kind": "videos", "paths": [str(parts / "clips")], "frames": FRAMES, "buckets": [[SIDE, SIDE]], "vae": "none",
+        "text_encoders": plain["source"]["text_encoders"], "shard_rows": 2,
+        "noise": {"prediction_type": "flow", "caption_dropout": 0.2},
+    }  # fmt: skip
+    plain["teachers"], plain["student"]["generator"] = [], None
+    plain["phases"][0]["recipe"] = {"kind": "noise_prediction", "alpha": 0.0}
+    plain["evaluate"] |= {"images": {"samples": 2, "sample_steps": 2, "guidance_scale": 2.0}}
+    _, found, run = trained(RunConfig.model_validate(plain))
+    assert found.metrics["student"]["mse_to_noise"] > 0  # type: ignore[index, call-overload, operator]
+    first: Any = found.samples["samples"][0]  # type: ignore[index]
+    for name in (first["reference"], first["outputs"]["student"]):
+        run.publish(name, found.files[name])
+        with Image.open(Path(run.path(name))) as animation:
+            assert (animation.size, animation.n_frames) == ((SIDE, SIDE), FRAMES)  # type: ignore[attr-defined]
