@@ -1,6 +1,6 @@
 """Samples of a finished student of few steps for prompts of one's own.
 
-    python -m raydistill.evaluate.sample RUN "a smiling face" ["another prompt" …] [--frames N] [--seed S] [--out FOLDER]
+    python -m raydistill.evaluate.sample RUN "a smiling face" ["a sad one" …] [--frames N] [--seed S] [--out FOLDER]
 
 RUN is a run folder: its config.json says how prompts are encoded and latents decoded, its export/ is the student. Each
 prompt gives an MP4 file, or a PNG where the student makes images.
