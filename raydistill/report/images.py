@@ -81,8 +81,8 @@ def _how(content: Json) -> str:
         return str(content["note"])
     if "guidance_scale" not in content:
         return (
-            "Each row begins with the same noise for every model and has the prompt of a held-out row; the students take "
-            f"{said(content.get('steps'))} steps. MP4 files of the same name lie in the folder samples."
+            "Each row begins with the same noise for every model and has the prompt of a held-out row; the students "
+            f"take {said(content.get('steps'))} steps. MP4 files of the same name lie in the folder samples."
         )
     steps, scale = said(content.get("steps")), as_number(content.get("guidance_scale")) or 1.0
     guided = f", guidance {number(scale)}" if scale != 1 else ""
