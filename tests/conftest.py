@@ -18,6 +18,7 @@ import tempfile
 import threading
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 # Shells start background jobs with Ctrl-C ignored, and processes pass that on; tests of interrupts must hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -41,3 +42,31 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", metavar="FILE", help="write what became of each injected fault into the table in FILE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if mark := item.get_closest_marker("fault"):
+            item.user_properties.append(("fault", mark.args))
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    """Fill the table of faults: one line per fault, whose outcome counts only if every one of its tests passed."""
+    file = config.getoption("--faults")
+    if not file:
+        return
+    passed: dict[tuple[str, str], list[bool]] = {}
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", []):
+                if name == "fault":
+                    passed.setdefault(tuple(value), []).append(outcome == "passed")
+    lines = [f"| {what} | {kept if all(p) else '**not kept**'} |" for (what, kept), p in sorted(passed.items())]
+    path = Path(file)
+    before, rest = path.read_text().split("<!-- faults -->\n")[0::2]
+    table = "\n".join(["| fault | outcome |", "|---|---|", *lines])
+    path.write_text(f"{before}<!-- faults -->\n{table}\n<!-- faults -->\n{rest}")

@@ -128,6 +128,10 @@ def undisturbed(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.fault(
+    "the driver is killed among the teacher's shards, and twice in training",
+    "same cache bytes, same fp32 weights to the bit, same losses",
+)
 def test_driver_killed_among_shards_and_in_training(problem: Path, undisturbed: Path, tmp_path: Path) -> None:
     config = write_config(problem, tmp_path)
     points: list[Callable[[], bool]] = [
@@ -145,6 +149,7 @@ def test_driver_killed_among_shards_and_in_training(problem: Path, undisturbed: 
     assert losses(tmp_path) == losses(undisturbed)
 
 
+@pytest.mark.fault("the driver is killed twice in bf16 training", "same weights to the bit")
 def test_driver_killed_in_bf16_training_ends_in_the_same_weights_to_the_bit(
     problem: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +169,7 @@ def test_driver_killed_in_bf16_training_ends_in_the_same_weights_to_the_bit(
     assert weights(tmp_path / "calm") != weights(undisturbed), "trained in fp32, weights are others"
 
 
+@pytest.mark.fault("Ctrl-C in training", "ends with a message that says how to go on; then the same bytes and weights")
 def test_interrupt_ends_cleanly_and_says_how_to_go_on(problem: Path, undisturbed: Path, tmp_path: Path) -> None:
     config = write_config(problem, tmp_path)
     process = start(config)
@@ -183,6 +189,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.fault(
+    "a node is killed in the teacher stage and another in training, on two workers",
+    "same cache bytes, same fp32 weights to the bit",
+)
 def test_ray_node_killed_in_the_teacher_stage_and_in_training(
     problem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
+@pytest.mark.fault("the disk is full", "one message; the old file stays")
 def test_full_disk_is_said_in_words_and_leaves_the_old_file(tmp_path: Path, error: Exception) -> None:
     store = Store(tmp_path)
     store.publish("file", "old")

@@ -65,6 +65,7 @@ def test_any_number_of_actors_writes_the_same_bytes(
     assert (cache_bytes(inputs), cache_bytes(store)) == wanted
 
 
+@pytest.mark.fault("a teacher's actor is killed (language model)", "replaced; same cache bytes")
 def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
     cluster: Path, toy_text: Path, tmp_path: Path, wanted: tuple[dict[str, bytes], dict[str, bytes]]
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
     assert (cache_bytes(inputs), cache_bytes(store)) == wanted
 
 
+@pytest.mark.fault("the driver of a language model's cache is killed", "continued; same cache bytes")
 def test_a_killed_driver_is_resumed_to_the_same_bytes(
     cluster: Path, toy_text: Path, tmp_path: Path, wanted: tuple[dict[str, bytes], dict[str, bytes]]
 ) -> None:

@@ -73,6 +73,7 @@ def test_any_number_of_actors_writes_the_same_bytes(
     assert cache_bytes(build(config)) == wanted
 
 
+@pytest.mark.fault("a teacher's actor is killed (image model)", "replaced; same cache bytes")
 def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
     cluster: Path, unet: Path, tmp_path: Path, wanted: dict[str, bytes]
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
     assert cache_bytes(store) == wanted
 
 
+@pytest.mark.fault("the driver of an image model's cache is killed", "continued; same cache bytes")
 def test_a_killed_driver_is_resumed_to_the_same_bytes(
     cluster: Path, unet: Path, tmp_path: Path, wanted: dict[str, bytes]
 ) -> None:

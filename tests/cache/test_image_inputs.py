@@ -425,6 +425,7 @@ build_inputs(config, Store(config.cache.dir))
 
 
 @pytest.mark.slow
+@pytest.mark.fault("actors that encode images are killed", "same cache bytes as one undisturbed actor")
 def test_three_actors_that_were_killed_write_the_bytes_of_one(
     parts: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:

@@ -39,6 +39,7 @@ def test_a_file_comes_back_as_it_was(far_store: Store, tmp_path: Path, size: int
 
 
 @pytest.mark.parametrize("trouble", ["busy", pytest.param("cut", marks=pytest.mark.slow)])
+@pytest.mark.fault("S3 answers 503, or cuts the connection, for a while", "asked again; nothing is lost")
 def test_a_store_that_is_busy_for_a_while_is_asked_again(s3: Server, far_store: Store, trouble: str) -> None:
     s3.first(4, trouble, method="PUT")
     far_store.publish("a", "text")
@@ -49,6 +50,7 @@ def test_a_store_that_is_busy_for_a_while_is_asked_again(s3: Server, far_store: 
 
 
 @pytest.mark.slow
+@pytest.mark.fault("S3 answers 503 for ever", "one message; no object is left")
 def test_a_store_that_stays_busy_is_one_clear_message_and_leaves_no_file(s3: Server, far_store: Store) -> None:
     s3.trouble = lambda method, path: "busy" if method == "PUT" else None
     with pytest.raises(StorageFailed, match=r"cannot write s3://bucket/.*/a, tried 5 times: .*run the same command"):
@@ -57,6 +59,7 @@ def test_a_store_that_stays_busy_is_one_clear_message_and_leaves_no_file(s3: Ser
     assert not far_store.exists("a")
 
 
+@pytest.mark.fault("one part of an upload is lost", "sent again; same bytes")
 def test_a_part_of_an_upload_that_is_lost_is_sent_again(s3: Server, far_store: Store) -> None:
     data = b"0123456789" * 2_500_000
     s3.first(1, "cut", method="PUT", part="partNumber=2")
@@ -66,6 +69,7 @@ def test_a_part_of_an_upload_that_is_lost_is_sent_again(s3: Server, far_store: S
 
 
 @pytest.mark.slow
+@pytest.mark.fault("parts of an upload never arrive", "one message; no object is left")
 def test_an_upload_whose_parts_never_arrive_makes_no_object(s3: Server, far_store: Store) -> None:
     s3.trouble = lambda method, path: "cut" if "partNumber=2" in path else None
     with pytest.raises(StorageFailed, match="cannot write"):
@@ -74,6 +78,7 @@ def test_an_upload_whose_parts_never_arrive_makes_no_object(s3: Server, far_stor
     assert not far_store.exists("large")
 
 
+@pytest.mark.fault("Ctrl-C in the middle of an upload", "a whole object or none")
 def test_ctrl_c_in_the_middle_of_an_upload_makes_no_half_object(s3: Server, far_store: Store) -> None:
     data = b"0123456789" * 2_500_000
 
@@ -107,6 +112,7 @@ def test_refused_keys_are_not_tried_again(s3: Server, far_store: Store) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("S3 fails now and then while a cache is built", "same bytes as on a local disk")
 def test_a_cache_on_the_store_has_the_bytes_of_a_local_one_though_the_store_has_trouble(
     s3: Server,
     far_store: Store,

@@ -15,6 +15,10 @@ from raydistill.train.checkpoint import Checkpoints
 from raydistill.train.launch import train_phase
 
 
+@pytest.mark.fault(
+    "training on S3 is killed between checkpoints",
+    "continues from the last one; same weights to the bit",
+)
 def test_checkpoints_reach_the_store_while_training_goes_on_and_it_continues_from_there(
     s3: Server, far_store: Store, tmp_path: Path
 ) -> None:
@@ -33,6 +37,7 @@ def test_checkpoints_reach_the_store_while_training_goes_on_and_it_continues_fro
 
 
 @pytest.mark.slow
+@pytest.mark.fault("a checkpoint cannot be sent to S3", "one message; the checkpoint before it stays")
 def test_a_checkpoint_that_cannot_be_sent_ends_the_phase_and_the_one_before_it_stays(
     s3: Server, far_store: Store, tmp_path: Path
 ) -> None:
@@ -46,6 +51,7 @@ def test_a_checkpoint_that_cannot_be_sent_ends_the_phase_and_the_one_before_it_s
     assert latest.step == 3
 
 
+@pytest.mark.fault("a killed run left half a checkpoint on S3", "removed before the next one is written")
 def test_a_file_that_a_killed_run_left_behind_does_not_complete_a_checkpoint(far_store: Store) -> None:
     checkpoints = Checkpoints(far_store, keep=1)
     (far_store / "step-00000006").publish("rank-00001-of-00002.safetensors", "of a killed run")

@@ -39,6 +39,7 @@ def test_an_elastic_range_needs_room_for_its_fewest_only(monkeypatch: pytest.Mon
     require_room(TrainResources(workers=(2, 99)))
 
 
+@pytest.mark.fault("a node is lost and too little is left", "one message instead of waiting for ever")
 def test_a_phase_whose_node_is_lost_for_good_is_not_started_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def kill_a_worker_after(job: PhaseJob, step: int) -> threading.Thread:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.fault("a training worker is killed (fp32, bf16)", "replaced; same weights to the bit")
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_to_the_bit(folder: Path, precision: str) -> None:
     settings = {"zero": {"stage": 2}, "precision": precision}
     whole = on_workers(folder, f"whole-{precision}", phase=settings)
@@ -135,6 +137,7 @@ def test_a_phase_continues_on_another_number_of_workers(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.fault("a worker raises an error that the user has to mend", "arrives as itself, and is not retried")
 def test_an_error_of_a_worker_arrives_as_itself_and_is_not_retried(folder: Path) -> None:
     optimizer = {"student": {"lr": 10.0, "warmup_steps": 60, "clip_norm": None}}
     job = on_workers(folder, "diverged", phase={"explode_factor": 1.2, "optimizer": optimizer})
@@ -162,6 +165,7 @@ def test_weights_are_evaluated_beside_the_training_and_the_best_are_kept(folder:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.fault("Ctrl-C while Ray Train runs workers", "arrives as an interrupt")
 def test_ctrl_c_arrives_as_such(folder: Path) -> None:
     job = on_workers(folder, "stopped", phase={"steps": 100_000})
     marker = Path(job.run, job.folder, "checkpoints/step-00000010.json")

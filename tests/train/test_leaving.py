@@ -11,6 +11,10 @@ from raydistill.train.checkpoint import Checkpoints
 from raydistill.train.launch import run_worker, train_phase
 
 
+@pytest.mark.fault(
+    "a machine is told that it must go, between two checkpoints",
+    "saves at once; same weights to the bit",
+)
 def test_a_notice_saves_at_once_and_nothing_is_lost_when_the_machine_goes(tmp_path: Path) -> None:
     calm = phase_job(tmp_path, name="calm")
     train_phase(calm)

@@ -20,6 +20,7 @@ def test_a_truncated_record_of_a_phase_is_named(tmp_path: Path) -> None:
         finished(job)
 
 
+@pytest.mark.fault("a checkpoint's marker is cut", "named; without it the one before counts")
 def test_a_truncated_checkpoint_marker_is_named_and_without_it_the_one_before_counts(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.publish("step-00000003.json", Progressed(step=3).model_dump_json())
