@@ -71,6 +71,10 @@ This page is written by `python -m raydistill.config.docs`.
 python -m raydistill.run FILE [FILE ...] [key=value ...] --tune SPACE [--check]
 ```
 
+What a trial costs beyond its training, on two cores with `resources.train.workers: 0`: the first 5.0 s, which starts
+the process, each later one 0.22 s (median of 7); the same configuration as a command of its own 9.2 s (median of 3).
+Measured by `python benchmarks/sweep_overhead.py FOLDER 8` ([result](../benchmarks/results/sweep_overhead.json)).
+
 """
 
 
