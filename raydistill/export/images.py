@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from raydistill.config.recipes import NoisePredictionRecipe, RecipeConfig
+from raydistill.config.recipes import NoisePredictionRecipe, RecipeConfig, TrajectoryRecipe
 from raydistill.config.schema import RunConfig
-from raydistill.config.teachers import NoisePredictionTeacher, TeacherConfig
+from raydistill.config.sources import ImagesSource, PromptsSource
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TeacherConfig
 from raydistill.evaluate.comparison import Line
 from raydistill.export.card import columns, lines_of, phase_line, rendered, table, versions
 from raydistill.export.card import shown as shown_whole
@@ -27,6 +28,8 @@ LINES = {
     "parameters": "parameters",
     "samples_per_second": "denoising steps per second",
     "images_per_second": "images per second",
+    "frames_per_second": "frames of samples per second",
+    "peak_memory_bytes": "peak memory of a sample, bytes",
 }
 PACKAGES = ("raydistill", "torch", "diffusers", "transformers", "deepspeed", "ray")
 FOLDERS = ("unet", "transformer")
@@ -48,7 +51,7 @@ tags:
 
 # {{ name }}
 
-A denoiser for images, {{ origin }} with raydistill.
+A denoiser for {{ kind_of_samples }}, {{ origin }} with raydistill.
 
 ```python
 {{ usage }}
@@ -81,7 +84,7 @@ A denoiser for images, {{ origin }} with raydistill.
 
 {{ table }}
 
-Errors are mean squared differences of predictions{{ kind }}.{{ notes }} Speeds are of one machine and tell how the
+Errors are mean squared differences of {{ kind }}.{{ notes }} Speeds are of one machine and tell how the
 models relate.
 
 ## Limits
@@ -131,7 +134,8 @@ def image_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path
     return rendered(
         CARD,
         name=config.name,
-        task="text-to-image" if config.images.text_encoders else "unconditional-image-generation",
+        task=_task(config),
+        kind_of_samples="videos" if _frames(config) is not None else "images",
         origin=f"distilled from {' and '.join(t['source'] for t in teachers)}" if teachers else "trained",
         teachers=teachers,
         usage=_usage(config, folder),
@@ -142,14 +146,19 @@ def image_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path
         seed=config.seed,
         held_out=_held_out(metrics),
         table=table("", _titles(lines), lines, roles) if lines else "Nothing was measured.",
-        kind=f" of kind `{config.images.noise.prediction_type}`",
+        kind=(
+            "samples to the teacher's from the same noise"
+            if config.student.generator is not None
+            else f"predictions of kind `{config.latents.noise.prediction_type}`"
+        ),
         notes=_notes(lines),
         versions=versions(PACKAGES),
     )
 
 
 def _teacher(teacher: TeacherConfig) -> dict[str, str]:
-    assert isinstance(teacher, NoisePredictionTeacher), "the configuration lets denoisers learn from these alone"
+    kinds = NoisePredictionTeacher | OdeTrajectoryTeacher
+    assert isinstance(teacher, kinds), "the configuration lets denoisers learn from these alone"
     guided = teacher.guidance_scale not in (None, 1)
     return {
         "name": teacher.name,
@@ -159,13 +168,23 @@ def _teacher(teacher: TeacherConfig) -> dict[str, str]:
     }
 
 
+def _frames(config: RunConfig) -> int | None:
+    """Frames of a sample; None for images."""
+    return None if isinstance(config.latents, ImagesSource) else config.latents.frames
+
+
+def _task(config: RunConfig) -> str:
+    what = "video" if _frames(config) is not None else "image"
+    return f"text-to-{what}" if config.latents.text_encoders else f"unconditional-{what}-generation"
+
+
 def _usage(config: RunConfig, folder: Path | None) -> str:
     """Lines of Python that load the export."""
     place = next((name for name in FOLDERS if folder is not None and (folder / name).is_dir()), FOLDERS[0])
     about = _json(folder, f"{place}/config.json")
     network = str(about.get("_class_name", "UNet2DConditionModel"))
     pipeline = PIPELINES.get(network)
-    if config.images.vae == "none" or not config.images.text_encoders or pipeline is None:
+    if config.latents.vae == "none" or not config.latents.text_encoders or pipeline is None:
         scheduler = str(_json(folder, "scheduler/scheduler_config.json").get("_class_name", "DDIMScheduler"))
         return PLAIN_USAGE.format(network=network, scheduler=scheduler, folder=place)
     if about.get("addition_embed_type", "text_time" if folder is None else None) == "text_time":
@@ -175,7 +194,7 @@ def _usage(config: RunConfig, folder: Path | None) -> str:
 
 def _base(config: RunConfig) -> str:
     """A pipeline that has the other parts: where the text encoders come from."""
-    return shown(config.images.text_encoders[0].source)
+    return shown(config.latents.text_encoders[0].source)
 
 
 def _json(folder: Path | None, name: str) -> Mapping[str, JsonValue]:
@@ -186,7 +205,7 @@ def _json(folder: Path | None, name: str) -> Mapping[str, JsonValue]:
 
 
 def _space(config: RunConfig) -> str:
-    source = config.images
+    source = config.latents
     if source.vae == "none":
         what = "It works on pixels, scaled to [-1, 1]"
     else:
@@ -200,22 +219,32 @@ def _space(config: RunConfig) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    source = config.images
+    source = config.latents
     what = ", ".join(f"`{shown(path)}`" for path in source.paths)
+    if isinstance(source, PromptsSource):
+        size = f"{source.size[0]} × {source.size[1]}" + (f" × {source.frames} frames" if source.frames else "")
+        return (
+            f"{what}: prompts; {source.noise.draws_per_row} sample(s) of {size} per prompt, made by the teachers; "
+            f"{100 * config.evaluate.held_out:g} % of the prompts were held out."
+        )
     sizes = ", ".join(f"{h} × {w}" for h, w in source.buckets)
     if not sizes:
         sizes = f"about {source.resolution} × {source.resolution}"
         sizes += f", sides up to {source.max_aspect:g} : 1" if source.max_aspect > 1 else ""
     draws = source.noise.draws_per_row
+    name = "image" if isinstance(source, ImagesSource) else "clip"
     return (
-        f"{what}: images of {sizes}; {draws} draw{'s' if draws > 1 else ''} of noise per image, timesteps "
+        f"{what}: {name}s of {sizes}; {draws} draw{'s' if draws > 1 else ''} of noise per {name}, timesteps "
         f"{source.noise.timesteps[0]} to {source.noise.timesteps[1] - 1}; "
-        f"{100 * config.evaluate.held_out:g} % of the images were held out."
+        f"{100 * config.evaluate.held_out:g} % of the {name}s were held out."
     )
 
 
 def _recipe(recipe: RecipeConfig) -> str:
-    assert isinstance(recipe, NoisePredictionRecipe), "the configuration trains denoisers with this recipe alone"
+    if isinstance(recipe, TrajectoryRecipe):
+        return "trajectory" + (f", chunk by chunk ({recipe.context} context)" if recipe.causal else "")
+    if not isinstance(recipe, NoisePredictionRecipe):
+        return recipe.kind
     weighting = "" if recipe.timestep_weighting == "constant" else f", {recipe.timestep_weighting} weighting"
     if not recipe.uses_teacher:
         return f"plain diffusion loss ({recipe.loss}){weighting}"

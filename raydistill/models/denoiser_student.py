@@ -162,7 +162,7 @@ def save_denoiser(network: ModelMixin, folder: Path) -> None:
     store.publish(SCHEDULER, json.dumps(student.scheduler_config, indent=2, sort_keys=True) + "\n")
     state = _state(network)
     store.publish("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    generator: GeneratorConfig | None = student.generator
+    generator: GeneratorConfig | None = getattr(network, "generator", None)
     about: dict[str, JsonValue] = {
         "version": VERSION, "kind": "denoiser", "kept": student.kept,
         "generator": None if generator is None else generator.model_dump(mode="json"),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest_cache import InProcess
 from PIL import Image
 from video_run import FRAMES, SIDE, T_LIST, video_config, write_parts
@@ -17,8 +16,8 @@ from raydistill.config.metrics import training_metrics
 from raydistill.config.schema import RunConfig
 from raydistill.evaluate.job import EvaluateJob, Evaluation
 from raydistill.evaluate.stage import evaluate_run
-from raydistill.models.denoiser_student import export_denoiser
-from raydistill.models.student import load_student, publish_student
+from raydistill.export import export_run
+from raydistill.models.student import publish_student
 from raydistill.report import write_report
 from raydistill.storage import Store
 from raydistill.train.job import PhaseJob
@@ -92,9 +91,11 @@ def test_causal_kd_then_self_forcing_are_phases_of_one_run(in_process: InProcess
     write_report(run)
     page = run.read_text("report.html")
     assert page.count("data:image/webp;base64,") == 4  # two prompts, teacher and student
-    student = load_student(Path(run.path("init")), weights=Path(run.path("phases/sf/final")))
-    export_denoiser(student, tmp_path / "export", dtype=torch.float32)  # type: ignore[arg-type]
-    written = json.loads((tmp_path / "export/generator.json").read_text())
+    export_run(config, run, weights=run.path("phases/sf/final"))
+    written = json.loads((Path(run.path("export")) / "generator.json").read_text())
+    card = run.read_text("export/README.md")
+    assert "text-to-video" in card
+    assert "2 sample(s) of 8 × 8 × 5 frames per prompt" in card
     assert written["t_list"] == T_LIST
     assert written["causal"]["chunk_frames"] == 2
 
