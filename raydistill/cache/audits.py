@@ -23,7 +23,7 @@ from raydistill.cache.world_signal import audit_clips
 from raydistill.config.recipes import LmLogitsRecipe
 from raydistill.config.schema import RunConfig
 from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TeacherConfig, TopKLogitsTeacher
-from raydistill.config.world import WorldTeacher
+from raydistill.config.world import FeaturesTeacher, RolloutTeacher
 from raydistill.errors import SignalMismatch
 from raydistill.models.load import load_language_model
 from raydistill.signals import Teacher
@@ -121,7 +121,7 @@ def audit_denoiser(
 
 def audit_world(
     config: RunConfig,
-    teacher: WorldTeacher,
+    teacher: FeaturesTeacher | RolloutTeacher,
     store: Store,
     manifest: Manifest,
     inputs: Store,

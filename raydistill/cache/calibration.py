@@ -12,6 +12,7 @@ from raydistill.cache.dense_read import DenseDataset
 from raydistill.cache.read import Dataset
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, NoiseConfig, PromptsSource, TextSource, VideosSource
+from raydistill.config.world import EpisodesSource
 from raydistill.diffusion.draws import noise_of, timestep_of
 from raydistill.errors import ConfigError
 from raydistill.signals import Batch
@@ -42,6 +43,8 @@ def calibration_rows(config: RunConfig, inputs: Callable[[], Store]) -> Callable
                     "student.init.calibration_rows: a projection is calibrated on images or videos, found prompts "
                     "alone; set it to 0."
                 )
+            case EpisodesSource():
+                raise ConfigError("student.init.kind: wanted random, pretrained or checkpoint of a world model.")
 
     return rows
 

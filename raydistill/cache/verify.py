@@ -29,7 +29,7 @@ from raydistill.cache.shards import read_index, read_records
 from raydistill.cache.signal_job import TeacherFactory
 from raydistill.config.schema import RunConfig
 from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TopKLogitsTeacher
-from raydistill.config.world import WorldTeacher
+from raydistill.config.world import FeaturesTeacher, RolloutTeacher
 from raydistill.errors import VerificationFailed
 from raydistill.storage import Store
 from raydistill.teachers import build_teacher
@@ -82,7 +82,7 @@ def verify(
                     audit = audit_language_model(config, teacher, store, manifest, inputs, sample, load=load)
                 case (NoisePredictionTeacher() | OdeTrajectoryTeacher()) as teacher:
                     audit = audit_denoiser(config, teacher, store, manifest, inputs, sample, factory)
-                case WorldTeacher() as teacher:
+                case (FeaturesTeacher() | RolloutTeacher()) as teacher:
                     audit = audit_world(config, teacher, store, manifest, inputs, sample, factory)
                 case None:
                     audit = audit_average(config, signals, store, manifest, sample)

@@ -6,7 +6,7 @@ Each problem is one line that starts with the dotted key it is about.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, get_args
 
 from raydistill.config.base import Config
@@ -23,7 +23,9 @@ from raydistill.config.recipes import (
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TopKLogitsTeacher
 from raydistill.config.world import (
+    AttentionRule,
     EpisodesSource,
+    FeatureRule,
     FeaturesRecipe,
     RolloutTeacher,
     WorldModel,
@@ -300,7 +302,10 @@ def _features(config: RunConfig, recipe: FeaturesRecipe, at: str) -> Iterator[st
     """Taps that a recipe of world models wants and no teacher keeps, and rollouts that nobody makes."""
     teachers = [t for t in config.teachers if isinstance(t, WorldTeacher) and t.weight > 0]
     kinds = {name: tap.kind for teacher in teachers for name, tap in teacher.taps.items()}
-    groups = (("features", recipe.features, ("hidden",)), ("attention", recipe.attention, ("spatial", "temporal")))
+    groups: tuple[tuple[str, Sequence[FeatureRule | AttentionRule], tuple[str, ...]], ...] = (
+        ("features", recipe.features, ("hidden",)),
+        ("attention", recipe.attention, ("spatial", "temporal")),
+    )
     for word, rules, wanted in groups:
         for index, rule in enumerate(rules):
             for name in rule.teacher:

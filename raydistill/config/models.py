@@ -273,7 +273,7 @@ class StudentConfig(Config):
             raise ValueError(
                 f"init.kind: a world model wants random, pretrained or checkpoint, found {self.init.kind}."
             )
-        if isinstance(self.init, PretrainedInit) and self.model.source is None:
+        if isinstance(self.init, PretrainedInit) and not self.model.source:
             raise ValueError("init.kind: pretrained wants weights, found model.sizes without any; use random.")
         return self
 

@@ -132,7 +132,7 @@ def _source(source: SourceConfig) -> SourceConfig:
 
 
 def _model(model: ModelConfig | WorldPythonModel) -> ModelConfig | WorldPythonModel:
-    if isinstance(model, PythonModel | WorldPythonModel) or model.source is None:
+    if isinstance(model, PythonModel | WorldPythonModel) or not model.source:
         return model
     update = {"source": source_or_id(model.source)}
     if isinstance(model, DiffusersModel) and model.scheduler is not None:

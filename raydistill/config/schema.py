@@ -12,7 +12,7 @@ from raydistill.config.models import StudentConfig
 from raydistill.config.sources import ImagesSource, LatentSource, Pictures, SourceConfig, TextSource, VideosSource
 from raydistill.config.teachers import Name, TeacherConfig
 from raydistill.config.training import PhaseConfig
-from raydistill.config.world import EpisodesSource, WorldEvaluation
+from raydistill.config.world import EpisodesSource, WorldEvaluation, WorldPythonModel
 
 STAGES = ("inputs", "signals", "verify", "init", "train", "evaluate", "checklist", "export", "report")
 """The stages of a run, in order."""
@@ -282,7 +282,8 @@ class RunConfig(Config):
     @property
     def first_student(self) -> StudentConfig:
         """The student, whose projection names its teacher, be it only by default."""
-        return self.student.with_teacher(self.teachers[0].model if self.teachers else None)
+        model = self.teachers[0].model if self.teachers else None
+        return self.student.with_teacher(None if isinstance(model, WorldPythonModel) else model)
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -17,6 +17,7 @@ from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.spaces import Point, all_points, drawn_points, listed, probes, settings, size
 from raydistill.config.sweep import PopulationBased, RunToTheEnd, Simplex, SweepConfig, is_listed
+from raydistill.config.world import EpisodesSource
 from raydistill.errors import ConfigError
 
 MOST_TRIALS = 5_000
@@ -121,6 +122,8 @@ def costs(config: RunConfig) -> tuple[str, ...]:
             return ("parameters", "bytes", "tokens_per_second")
         case ImagesSource() | VideosSource() | PromptsSource():
             return ("parameters", "bytes", "samples_per_second")
+        case EpisodesSource():
+            return ("parameters", "bytes", "frames_per_second")
 
 
 def _metrics(space: Space) -> Iterator[str]:

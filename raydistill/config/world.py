@@ -66,9 +66,9 @@ class WorldModel(Config):
     """A world model of the reference family, `raydistill.models.world`."""
 
     library: Literal["world"]
-    source: str | None = None
+    source: str = ""
     """Folder of a world model (config.json, model.safetensors), or `run://config.yaml` (the export of another run);
-    null where `sizes` gives the architecture of a model that starts at random."""
+    empty where `sizes` gives the architecture of a model that starts at random."""
     sizes: WorldSizes | None = None
     """Architecture; null takes that of `source`. Beside a `source` it says what is wanted there, which `--plan` counts
     before the folder is there."""
@@ -77,7 +77,7 @@ class WorldModel(Config):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if self.source is None and self.sizes is None:
+        if not self.source and self.sizes is None:
             raise ValueError("wanted a source or sizes, found neither.")
         return self
 
@@ -205,7 +205,7 @@ class WorldTeacher(Config):
     online: Literal["no", "local"] = "no"
     """`local` keeps no cache: the teacher runs beside the student in every training process."""
 
-    _plain_taps = field_validator("taps", mode="before")(_taps)
+    _plain_taps = field_validator("taps", mode="before", json_schema_input_type=dict[Name, Tap | str])(_taps)
 
 
 class FeaturesTeacher(WorldTeacher):

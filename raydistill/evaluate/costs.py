@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.world import EpisodesSource
 from raydistill.evaluate.job import EvaluateJob, student_in
 from raydistill.evaluate.language import measure_speed, model_size, open_held_out
 
@@ -37,3 +38,16 @@ def student_costs(job: EvaluateJob, *, speed: bool) -> dict[str, float]:
             denoiser = Measured("student_init", student, process_in(student))
             speeds = [float(str(forward_costs(denoiser, draws)["samples_per_second"])) for _ in range(TURNS)]
             return {**found, "samples_per_second": max(speeds)}
+        case EpisodesSource():
+            from raydistill.evaluate.world_metrics import held_out_clips
+            from raydistill.evaluate.worlds import play_costs
+            from raydistill.models.world.protocol import require_world_model
+
+            clips, world = (
+                held_out_clips(job.config, job.inputs, max_rows=1),
+                require_world_model(student, where="student"),
+            )
+            return {
+                **found,
+                "frames_per_second": max(play_costs(world, clips)["frames_per_second"] for _ in range(TURNS)),
+            }

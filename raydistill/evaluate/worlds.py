@@ -171,7 +171,7 @@ def measured(
         "action_effect": float(effect),
         "rollout_cosine": float(clip_cosine(said.rollout - start, later - start, there).mean()),
         "drift": _by_step(losses.squared_error(said.rollout, later), there),
-        **_costs(model, clips),
+        **play_costs(model, clips),
     }
     if extractor is not None:
         shown = [image for clip, ok in zip(said.rollout.clamp(0, 1), there, strict=True) for image in clip[ok]]
@@ -185,7 +185,7 @@ def swapped_actions(actions: Tensor, num_actions: int) -> Tensor:
     return (actions + max(1, num_actions // 2)) % num_actions
 
 
-def _costs(model: WorldModel, clips: Clips) -> Line:
+def play_costs(model: WorldModel, clips: Clips) -> dict[str, float]:
     """Frames per second of a rollout of one clip, and the memory that it takes beside the weights."""
     initial, actions = clips.frames[:1, :1], clips.actions[:1]
     place = initial.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from raydistill.config.models import ModelConfig, TransformersModel
 from raydistill.config.schema import RunConfig
+from raydistill.config.world import WorldPythonModel
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.load import effective_vocab_size, language_config, load_tokenizer, require_same_vocabulary
 
@@ -11,11 +12,13 @@ from raydistill.models.load import effective_vocab_size, language_config, load_t
 def check_vocabularies(config: RunConfig) -> None:
     """Raise `ConfigError` for a model with fewer ids than the tokenizer, `DataError` for one with other tokens."""
     source = config.text
-    models: dict[str, ModelConfig] = {f"teachers.{i}.model": t.model for i, t in enumerate(config.teachers)}
+    models: dict[str, ModelConfig | WorldPythonModel] = {
+        f"teachers.{i}.model": t.model for i, t in enumerate(config.teachers)
+    }
     models["student.model"] = config.student.model
     tokenizer = load_tokenizer(source.tokenizer)
     num_ids = effective_vocab_size(tokenizer)
-    seen: list[ModelConfig] = []
+    seen: list[TransformersModel] = []
     for key, model in models.items():
         # Models of the user's own function have no tokenizer, and building them may be dear: checked later.
         if not isinstance(model, TransformersModel) or model in seen:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from raydistill.config.models import DiffusersModel, LayersInit, SharedCoreInit, StudentConfig
+from raydistill.config.world import WorldModel
 from raydistill.models.layers import keep_layers, num_blocks, spread
 from raydistill.models.load import empty_language_model
 from raydistill.models.shared_core import MATRICES, plain_experts, with_empty_cores
@@ -134,7 +135,7 @@ def _attention(config: PreTrainedConfig) -> Iterable[Attention]:
 
 def empty_student(student: StudentConfig) -> PreTrainedModel:
     """The structure of a language model as student on the meta device, whatever its `init`."""
-    assert not isinstance(student.model, DiffusersModel), "denoisers are counted elsewhere"
+    assert not isinstance(student.model, DiffusersModel | WorldModel), "other models are counted elsewhere"
     model = empty_language_model(student.model)
     init = student.init
     with torch.device("meta"):

@@ -122,7 +122,7 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
         _teacher(t, config, clips, taught, rate, missing) for t in config.teachers if isinstance(t, WorldTeacher)
     )
     hours = total_of([*(t.hours for t in teachers), *(p.hours for p in phases)])
-    price = config.plan.price_per_hour
+    price = config.plan.price_of()
     frame = 3 * source.frame_size[0] * source.frame_size[1]
     return WorldPlan(
         name=config.name,

@@ -59,7 +59,10 @@ class Features(Recipe[FeaturesRecipe]):
                 f"signal {signal} and weight > 0, found none."
             )
         self._check_teachers()
-        rules = (("feature", config.features), ("attention", config.attention))
+        rules: tuple[tuple[str, Sequence[FeatureRule | AttentionRule]], ...] = (
+            ("feature", config.features),
+            ("attention", config.attention),
+        )
         self._paths = {f"{word}{i}": rule.student for word, group in rules for i, rule in enumerate(group)}
         self._taps = Taps(student, self._paths, where="recipe: the student's")
         self._maps = self._adapters()
@@ -75,13 +78,17 @@ class Features(Recipe[FeaturesRecipe]):
     def reads(self) -> Mapping[str, tuple[str, ...]]:
         return {t.name: tuple(self._fields(t)) for t in self._used if t.online is None}
 
+    @property
+    def _rules(self) -> list[FeatureRule | AttentionRule]:
+        return [*self.config.features, *self.config.attention]
+
     def _fields(self, teacher: TeacherView) -> list[str]:
         config = self.config
         fields = ["trajectory", "actions"] if config.learn_from == "rollouts" else []
         fields += ["frames"] if config.output or config.diversity else []
         fields += ["logits"] if config.kl else []
         fields += ["codes"] if config.codes else []
-        names = [name for rule in (*config.features, *config.attention) for name in rule.teacher]
+        names = [name for rule in self._rules for name in rule.teacher]
         return [*fields, *(f"tap.{name}" for name in dict.fromkeys(names) if name in _taps(teacher))]
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -306,7 +313,7 @@ class Features(Recipe[FeaturesRecipe]):
                     f"recipe features wants the frames of teacher {teacher.name}, {shape}, found a student of "
                     f"{list(self._world.frame_shape)}; set student.model.sizes.frame_size."
                 )
-        for rule in (*config.features, *config.attention) if self._used else ():
+        for rule in self._rules if self._used else ():
             for name in rule.teacher:
                 if not any(name in _taps(t) for t in self._used):
                     known = sorted({tap for t in self._used for tap in _taps(t)})

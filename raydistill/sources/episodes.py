@@ -251,7 +251,7 @@ def _read_mp4(ref: EpisodeRef, source: EpisodesSource) -> tuple[np.ndarray, np.n
             'pip install "raydistill[games]".'
         ) from error
     try:
-        with open_uri(ref.uri) as stream, av.open(io.BytesIO(stream.read())) as video:
+        with open_uri(ref.uri) as stream, av.open(io.BytesIO(stream.read()), "r") as video:
             frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     except (OSError, av.error.FFmpegError, IndexError) as error:
         raise DataError(f"episode {ref.name} cannot be read as a video: {error}.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 import torch
@@ -140,4 +139,4 @@ class Features:
 
 def model_of(teacher: Features) -> nn.Module:
     """The world model behind a signal."""
-    return cast(nn.Module, teacher._network)
+    return teacher._network

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel, StudentConfig, TransformersModel
+from raydistill.config.world import WorldModel
 from raydistill.models.denoiser import NETWORKS, empty_denoiser, with_one_sample
 from raydistill.models.denoiser import denoiser_config as denoiser_settings
 from raydistill.models.load import empty_language_model, language_config
@@ -78,7 +79,8 @@ def forecast(student: StudentConfig, row: Row = Row()) -> Forecast:
     if isinstance(student.model, DiffusersModel):
         assert isinstance(init.teacher, DiffusersModel), "the configuration requires teachers of one kind"
         return _denoiser(student.model, init.teacher, init, row)
-    assert not isinstance(init.teacher, DiffusersModel), "the configuration requires teachers of one kind"
+    assert not isinstance(init.teacher, DiffusersModel | WorldModel), "the configuration requires teachers of one kind"
+    assert not isinstance(student.model, WorldModel), "world models are not projected"
     return _language(student.model, init.teacher, init, row.tokens)
 
 

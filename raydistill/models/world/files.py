@@ -39,7 +39,7 @@ def build_world(student: StudentConfig, *, seed: int) -> WorldNetwork:
         case RandomInit():
             return random_world(sizes, seed=seed)
         case PretrainedInit():
-            assert model.source is not None, "the configuration wants weights here"
+            assert model.source, "the configuration wants weights here"
             return load_world_folder(_folder(model.source), dtype=torch.float32)
         case CheckpointInit(path=path):
             network = empty_world(sizes)
@@ -55,7 +55,7 @@ def world_sizes(model: WorldModel) -> WorldSizes:
     """The architecture of a model of the reference family; `DataError` when its folder does not tell."""
     if model.sizes is not None:
         return model.sizes
-    assert model.source is not None, "the configuration wants one of both"
+    assert model.source, "the configuration wants one of both"
     return read_sizes(_folder(model.source))
 
 
@@ -100,7 +100,7 @@ def load_world_teacher(model: WorldTeacherModel) -> nn.Module:
     dtype: torch.dtype = getattr(torch, model.dtype)
     match model:
         case WorldModel():
-            if model.source is None:
+            if not model.source:
                 raise ConfigError("teachers.*.model.sizes: wanted a teacher with weights; name its folder in source.")
             folder = _folder(model.source)
             found = read_sizes(folder)
@@ -118,8 +118,8 @@ def load_world_teacher(model: WorldTeacherModel) -> nn.Module:
 def world_identity(model: WorldTeacherModel) -> dict[str, JsonValue]:
     """What decides a teacher's output, for fingerprints: hashes of weights and settings, or of the user's code."""
     match model:
-        case WorldModel(source=str() as source):
-            folder = _folder(source)
+        case WorldModel() if model.source:
+            folder = _folder(model.source)
             hashes = file_hashes([folder / "model.safetensors"])
             sizes = read_sizes(folder).model_dump(mode="json")
             return {"sizes": sizes, "weights": [*hashes.values()], "dtype": model.dtype}
