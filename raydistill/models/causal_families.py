@@ -59,6 +59,12 @@ def family_of(network: nn.Module) -> Family:
             )
 
 
+def network_dtype(network: nn.Module) -> torch.dtype:
+    """The number format of a network's inputs; of one in half precision diffusers keeps some parameters in fp32."""
+    found = getattr(network, "dtype", None)
+    return found if isinstance(found, torch.dtype) else next(p.dtype for p in network.parameters())
+
+
 def _config(network: nn.Module) -> Any:
     return cast(Any, network).config
 
@@ -147,7 +153,7 @@ class _Rotary:
 
 
 def _ask_wan(network: nn.Module, x: Tensor, t: Tensor, text: Tensor, tokens: int) -> Tensor:
-    dtype = _dtype(network)
+    dtype = network_dtype(network)
     times = t.repeat_interleave(tokens, dim=1) if t.ndim == 2 else t
     out: Tensor = network(x.to(dtype), timestep=times, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
     return out
@@ -220,7 +226,7 @@ class _Learned:
 
 
 def _ask_cosmos(network: nn.Module, x: Tensor, t: Tensor, text: Tensor, tokens: int) -> Tensor:
-    config, dtype = _config(network), _dtype(network)
+    config, dtype = _config(network), network_dtype(network)
     padding = x.new_zeros(1, 1, *x.shape[3:], dtype=dtype) if config.concat_padding_mask else None
     # A model that also continues videos has a channel that says which frames are given; here none are.
     condition = x.new_zeros(x.shape[0], 1, *x.shape[2:], dtype=dtype) if config.in_channels > x.shape[1] else None
@@ -233,10 +239,6 @@ def _ask_cosmos(network: nn.Module, x: Tensor, t: Tensor, text: Tensor, tokens: 
         return_dict=False,
     )[0]
     return out
-
-
-def _dtype(network: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in network.parameters() if p.is_floating_point())
 
 
 _COSMOS = Family(_prepare_cosmos, _ask_cosmos, _frame_tokens, lambda network: int(_config(network).max_size[0]))

@@ -33,6 +33,7 @@ from raydistill.config.models import DiffusersModel
 from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError, DataError, SignalMismatch
 from raydistill.models.assemble import differences, fill_network, read_weights
+from raydistill.models.causal_families import network_dtype
 from raydistill.models.hub import hub_parts
 from raydistill.models.parts import Part, find_part, listing, load_errors_explained
 from raydistill.models.sources import resolve_source
@@ -346,7 +347,7 @@ def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[st
     `pooled` and `time_ids` as far as the network wants them (others are passed over); inputs take the network's dtype.
     Learned variances are cut off. `SignalMismatch` names what is missing.
     """
-    dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    dtype = network_dtype(network)
     x = x_t.to(dtype)
 
     def wanted(name: str) -> Tensor:

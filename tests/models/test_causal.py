@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from tiny_denoisers import save_pipeline
 from torch import Tensor, nn
 from video_toys import FAMILIES, SIDE, captions, clips, tiny_cogvideox, tiny_cosmos, tiny_wan
 
+from raydistill.config.models import DiffusersModel
 from raydistill.diffusion.chunks import chunk_spans
 from raydistill.errors import ConfigError, SignalMismatch
 from raydistill.models import causal_families
 from raydistill.models.causal import CausalDenoiser
+from raydistill.models.denoiser import load_denoiser, predict
 
 FRAME_TOKENS = (SIDE // 2) ** 2
 ROUNDING = 2e-5
@@ -204,6 +209,22 @@ def test_causal_denoisers_of_other_chunks_share_a_network_and_copies_are_their_o
         assert torch.equal(twin.predict(x, t, text), before)
     assert twin._call is not two._call
     assert two._call is four._call
+
+
+@families
+def test_networks_that_diffusers_loads_in_half_precision_are_asked_in_it(family: str, tmp_path: Path) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    save_pipeline(FAMILIES[family](), tmp_path, scheduler, inside="transformer")
+    network = load_denoiser(DiffusersModel(library="diffusers", source=str(tmp_path), dtype="bfloat16"))
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16, torch.float32}
+    x, text, told = clips(1, 4), captions(1), torch.full((1, 4), 500.0)
+    with torch.no_grad():
+        exact = CausalDenoiser(FAMILIES[family](), 2).predict(x, told, text)
+        causal = CausalDenoiser(network, 2)
+        full = causal.predict(x, told, text)
+        assert (full - exact).abs().max() < 0.1 * exact.abs().max()
+        assert (by_chunks(causal, x, told, text) - full).abs().max() < 0.05 * full.abs().max()
+        assert predict(network, x, told[:, 0], text).dtype == torch.float32
 
 
 def test_a_video_beyond_the_positions_is_refused() -> None:
