@@ -22,7 +22,16 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="constant", clip_norm=1.0, eps=1e-
 KINDS = {"scores": None, "heads": GanConfig(weight=0.1, features=("blocks.1",), r1_weight=1.0)}
 
 
-def losses(stage: int, kind: str, *, micro: int, rank: int = 0, ranks: int = 1, checkpointing: bool = False) -> list:
+def losses(
+    stage: int,
+    kind: str,
+    *,
+    micro: int,
+    rank: int = 0,
+    ranks: int = 1,
+    checkpointing: bool = False,
+    precision: str = "fp32",
+) -> list:
     """Player, loss and parts of each of six steps, in which both players come twice or more."""
     how = SelfForcingRecipe(kind="self_forcing", guidance_scale=3.0, critic_updates=2, gan=KINDS[kind])
     student: Any = causal_student(tiny_wan(0))
@@ -35,7 +44,7 @@ def losses(stage: int, kind: str, *, micro: int, rank: int = 0, ranks: int = 1, 
         recipe=how,
         batch=BatchConfig(global_size=ROWS, micro_size=1),
         optimizer={"student": OPTIMIZER, "critic": OPTIMIZER},
-        precision="fp32",
+        precision=precision,
         zero=ZeroConfig.model_validate({"stage": stage}),
     )
     engines = {
@@ -91,6 +100,15 @@ def alone() -> dict[str, list]:
 def test_one_rank_does_not_depend_on_the_micro_batches_or_the_stage(alone: dict[str, list], stage: int) -> None:
     assert {"student", "critic"} == {player for player, *_ in alone["scores"]}
     require_same(losses(stage, "scores", micro=2), alone["scores"])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_in_bf16_both_players_stay_near_their_losses_in_fp32(alone: dict[str, list], stage: int) -> None:
+    found = losses(stage, "heads", micro=2, precision="bf16")
+    for (player, loss, _, parts), (other, wanted, _, exact) in zip(found, alone["heads"], strict=True):
+        assert player == other
+        assert loss == pytest.approx(wanted, rel=0.1)
+        assert parts.keys() == exact.keys()
 
 
 @pytest.mark.slow
