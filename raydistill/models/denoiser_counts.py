@@ -32,13 +32,16 @@ class DenoiserCounts:
         return (4.0 if recompute else 3.0) * self.forward
 
 
-def count_denoiser(network: nn.Module, *, latents: tuple[int, int] | None = None, tokens: int = 1) -> DenoiserCounts:
-    """Count a network on the meta device, asked about one sample of `latents` (height, width) and `tokens` of text.
+def count_denoiser(
+    network: nn.Module, *, latents: tuple[int, int] | None = None, tokens: int = 1, frames: int | None = None
+) -> DenoiserCounts:
+    """Count a network on the meta device, asked about one sample of `latents` (height, width), `frames` latent frames
+    (None: an image) and `tokens` of text.
 
     By default the network's usual size. A parameter with `requires_grad` is one that is trained.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        with_one_sample(network, size=latents, tokens=tokens)
+        with_one_sample(network, size=latents, tokens=tokens, frames=frames)
     return DenoiserCounts(
         parameters=sum(p.numel() for p in network.parameters()),
         trained_parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),

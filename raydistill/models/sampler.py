@@ -88,6 +88,11 @@ class Sampler:
         self.nodes, self.kept = _with_times(own, self._end(), keep_t, process, insert, self._first_order, where)
 
     @property
+    def num_steps(self) -> int:
+        """Steps that it takes, those at wanted times among them."""
+        return len(self.nodes) - 1
+
+    @property
     def _first_order(self) -> bool:
         return self.name in FIRST_ORDER
 

@@ -24,18 +24,21 @@ def image_table(plan: ImagePlan) -> str:
 
 
 def _inputs(plan: ImagePlan) -> Section:
-    channels, height, width = plan.shape.latents
-    lines = [("latents", f"{channels} × {height} × {width} of a square image, {si(plan.shape.prediction)} numbers")]
+    shape, what = " × ".join(map(str, plan.shape.latents)), "an image" if plan.shape.frames is None else "a video"
+    square = " square" if plan.shape.size[0] == plan.shape.size[1] else ""
+    what = f"a{square} {what.split()[1]}" if square else what
+    lines = [("latents", f"{shape} of {what}, {si(plan.shape.prediction)} numbers")]
     inputs = plan.inputs
+    title = "Images" if plan.shape.frames is None else "Videos"
     if inputs is None:
-        return "Images", [("rows", UNKNOWN), *lines]
+        return title, [("rows", UNKNOWN), *lines]
     about, most = ("", "") if inputs.cached else ("about ", "at most ")
-    draws = f"{inputs.rows * plan.draws_per_row:,} draws of noise, {plan.draws_per_row} per image"
+    draws = f"{inputs.rows * plan.draws_per_row:,} draws of noise, {plan.draws_per_row} per row"
     per_caption = f", {bytes_of(inputs.bytes_per_caption)} per caption" if inputs.bytes_per_caption else ""
-    return "Images", [
+    return title, [
         ("rows", f"{about}{inputs.rows:,} ({inputs.train_rows:,} to train on), {draws}"),
         *lines,
-        ("cache", f"{bytes_of(inputs.bytes_per_image)} per image{per_caption}, {most}{bytes_of(inputs.total_bytes)}"),
+        ("cache", f"{bytes_of(inputs.bytes_per_image)} per row{per_caption}, {most}{bytes_of(inputs.total_bytes)}"),
         ("", f"({inputs.basis})"),
     ]
 
@@ -51,7 +54,7 @@ def _teacher(teacher: DenoiserPlan, plan: ImagePlan) -> Section:
     if cache is not None:
         there = "is there: " if cache.cached else ""
         lines.append(("cache", f"{there}{bytes_of(cache.bytes_per_draw)} per draw, {bytes_of(cache.total_bytes)}"))
-    passes = " (two passes: guidance)" if teacher.passes > 1 else ""
+    passes = {1: "", 2: " (two passes: guidance)"}.get(teacher.passes, f" ({teacher.passes} passes)")
     lines.append(("forward", f"{si(teacher.flops_per_draw, 'FLOP')}/draw{passes}, {si(teacher.flops, 'FLOP')} in all"))
     lines.append(("time", hours_of(teacher.hours, plan.accelerator)))
     return f"Teacher {teacher.name}", lines
@@ -69,7 +72,7 @@ def _average(plan: ImagePlan) -> Section:
 def _student(plan: ImagePlan) -> Section:
     return "Student", [
         ("parameters", si(plan.student_parameters)),
-        ("forward", f"{si(plan.student_forward_flops, 'FLOP')}/image and step"),
+        ("forward", f"{si(plan.student_forward_flops, 'FLOP')}/sample and step"),
         *projection_lines(plan.projection),
     ]
 

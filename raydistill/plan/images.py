@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from raydistill.cache.manifest import Manifest
 from raydistill.config.base import Config
 from raydistill.config.models import DiffusersModel
+from raydistill.config.recipes import CausalConsistencyRecipe, SelfForcingRecipe
 from raydistill.config.schema import RunConfig
-from raydistill.config.teachers import NoisePredictionTeacher
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher
 from raydistill.config.training import PhaseConfig
 from raydistill.errors import ConfigError, RaydistillError
-from raydistill.models.denoiser import empty_denoiser, with_one_sample
+from raydistill.models.denoiser import empty_denoiser, process_of, scheduler_config, with_one_sample
 from raydistill.models.denoiser_counts import DenoiserCounts, count_denoiser, empty_denoiser_student
 from raydistill.models.projection.forecast import Row
 from raydistill.plan.accelerators import ACCELERATORS
@@ -31,6 +32,8 @@ from raydistill.plan.image_inputs import (
     plan_image_inputs,
 )
 from raydistill.plan.projection import ProjectionPlan, plan_projection
+from raydistill.plan.rollouts import players_beside, training_flops
+from raydistill.teachers.ode_trajectory import make_sampler
 from raydistill.train.parameters import parameter_groups
 
 STAGES = (0, 1, 2, 3)
@@ -49,7 +52,7 @@ class DenoiserPlan(Config):
     weight_bytes: int | None
     """Memory of the weights in one actor."""
     passes: int
-    """Forward passes per draw: two with guidance."""
+    """Forward passes per draw: two with guidance, and so many for each step of a trajectory."""
     flops_per_draw: float | None
     """FLOP of a draw."""
     flops: float | None
@@ -138,14 +141,17 @@ def plan_images(config: RunConfig) -> ImagePlan:
     teachers = tuple(
         _teacher(t, config, counts, inputs, manifest, rate, missing)
         for t in config.teachers
-        if isinstance(t, NoisePredictionTeacher)
+        if isinstance(t, NoisePredictionTeacher | OdeTrajectoryTeacher)
     )
     average = _average(config, shape, inputs)
     workers = config.resources.train.workers
     fewest = max(1, workers if isinstance(workers, int) else workers[0])
     student = _student(config, counts, missing)
     read = _bytes_read(config, shape, inputs, teachers, average)
-    phases = tuple(_phase(p, config, inputs, student, rate, fewest, read) for p in config.phases)
+    phases = tuple(
+        _phase(p, config, inputs, student, _asked(p, config, counts, missing), rate, fewest, read)
+        for p in config.phases
+    )
     training = total_of([p.hours for p in phases])
     baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
     hours = total_of([*(t.hours for t in teachers), training, baseline])
@@ -155,14 +161,14 @@ def plan_images(config: RunConfig) -> ImagePlan:
         accelerator=config.plan.accelerator,
         utilisation=config.plan.utilisation,
         workers=fewest,
-        draws_per_row=config.images.noise.draws_per_row,
+        draws_per_row=config.latents.noise.draws_per_row,
         shape=shape,
         inputs=inputs,
         teachers=teachers,
         average=average,
         student_parameters=student.parameters if student else None,
         student_forward_flops=student.forward if student else None,
-        projection=plan_projection(config, Row(shape.text_tokens, shape.latents[1:]), missing),
+        projection=plan_projection(config, Row(shape.text_tokens, shape.size), missing),
         phases=phases,
         baseline_hours=baseline,
         hours=hours,
@@ -183,18 +189,24 @@ class _Counts:
         key = model.model_dump_json()
         if key not in self._known:
             tokens = max(self.shape.text_tokens, 1)
-            self._known[key] = count_denoiser(empty_denoiser(model), latents=self.shape.latents[1:], tokens=tokens)
+            self._known[key] = count_denoiser(
+                empty_denoiser(model), latents=self.shape.size, tokens=tokens, frames=self.shape.frames
+            )
         return self._known[key]
 
 
 def _teacher(
-    teacher: NoisePredictionTeacher, config: RunConfig, counted: _Counts, inputs: ImageInputsPlan | None,
-    manifest: Manifest | None, rate: float, missing: list[str],
+    teacher: NoisePredictionTeacher | OdeTrajectoryTeacher, config: RunConfig, counted: _Counts,
+    inputs: ImageInputsPlan | None, manifest: Manifest | None, rate: float, missing: list[str],
 ) -> DenoiserPlan:  # fmt: skip
     passes = 1 if teacher.guidance_scale in (None, 1) else 2
+    taps = 0
     try:
         counts = counted(teacher.model)
-        taps = tap_numbers(empty_denoiser(teacher.model), teacher.taps, counted.shape) if teacher.taps else 0
+        if isinstance(teacher, OdeTrajectoryTeacher):
+            passes *= make_sampler(teacher, scheduler_config(teacher.model), process_of(teacher.model)).num_steps
+        elif teacher.taps:
+            taps = tap_numbers(empty_denoiser(teacher.model), teacher.taps, counted.shape)
     except RaydistillError as error:
         missing.append(f"size and cost of teacher {teacher.name}: {error} {ENOUGH}")
         return DenoiserPlan(
@@ -203,7 +215,7 @@ def _teacher(
         )  # fmt: skip
     cache = plan_draw_cache(config, teacher, inputs, manifest, counted.shape.prediction, taps)
     per_draw = passes * counts.forward
-    draws = config.images.noise.draws_per_row * inputs.rows if inputs is not None else None
+    draws = config.latents.noise.draws_per_row * inputs.rows if inputs is not None else None
     flops = 0.0 if cache.cached else per_draw * draws if draws is not None else None
     return DenoiserPlan(
         name=teacher.name,
@@ -230,7 +242,7 @@ def tap_numbers(network: nn.Module, taps: Mapping[str, str], shape: ImageShape) 
             raise ConfigError(f"taps.{name}: wanted a module of {type(network).__name__}, found {path}.")
         network.get_submodule(path).register_forward_hook(note)
     with torch.no_grad():
-        with_one_sample(network, size=shape.latents[1:], tokens=max(shape.text_tokens, 1))
+        with_one_sample(network, size=shape.size, tokens=max(shape.text_tokens, 1), frames=shape.frames)
     return sum(sizes)
 
 
@@ -240,7 +252,7 @@ def _average(config: RunConfig, shape: ImageShape, inputs: ImageInputsPlan | Non
         return None
     kept = [t.store_dtype for t in config.teachers if isinstance(t, NoisePredictionTeacher)]
     per_draw = max(BYTES[dtype] for dtype in kept) * shape.prediction + DRAW_BYTES + BYTES["float32"]
-    draws = config.images.noise.draws_per_row * inputs.rows if inputs is not None else None
+    draws = config.latents.noise.draws_per_row * inputs.rows if inputs is not None else None
     total = per_draw * draws if draws is not None else None
     return DrawCachePlan(bytes_per_draw=per_draw, total_bytes=total, cached=False)
 
@@ -255,22 +267,39 @@ def _student(config: RunConfig, counted: _Counts, missing: list[str]) -> Denoise
         return None
 
 
+def _asked(phase: PhaseConfig, config: RunConfig, counted: _Counts, missing: list[str]) -> DenoiserCounts | None:
+    """The teacher that a recipe asks while it trains, if it asks any."""
+    match phase.recipe:
+        case SelfForcingRecipe(real_score=model) | CausalConsistencyRecipe(teacher=model):
+            found = model or next((t.model for t in config.teachers), None)
+        case _:
+            return None
+    assert isinstance(found, DiffusersModel), "checked with the configuration"
+    try:
+        return counted(found)
+    except RaydistillError as error:
+        missing.append(f"cost of the teacher that phase {phase.name} asks, taken to be that of the student: {error}")
+        return None
+
+
 def _phase(
     phase: PhaseConfig, config: RunConfig, inputs: ImageInputsPlan | None,
-    student: DenoiserCounts | None, rate: float, workers: int, read: float | None,
+    student: DenoiserCounts | None, asked: DenoiserCounts | None, rate: float, workers: int, read: float | None,
 ) -> ImagePhasePlan:  # fmt: skip
     steps, draws = phase.steps, None
     if phase.steps is not None:
         draws = float(phase.steps * phase.batch.global_size)
     elif inputs is not None and phase.epochs is not None:
-        draws = phase.epochs * inputs.train_rows * config.images.noise.draws_per_row
+        draws = phase.epochs * inputs.train_rows * config.latents.noise.draws_per_row
         steps = math.ceil(draws / phase.batch.global_size)
     per_draw = speed = trained = memory = None
     if student is not None:
         trained = _trained(phase, config) if phase.trainable else student.trained_parameters
-        per_draw = student.training(recompute=config.student.gradient_checkpointing)
+        per_draw = training_flops(phase.recipe, config, student, asked)
         speed = workers * rate / per_draw
-        memory = {stage: _memory(student.parameters, trained, phase, stage, workers) for stage in STAGES}
+        more, more_trained = players_beside(phase.recipe, asked or student)
+        sizes = student.parameters + more, trained + more_trained
+        memory = {stage: _memory(*sizes, phase, stage, workers) for stage in STAGES}
     flops = per_draw * draws if per_draw is not None and draws is not None else None
     return ImagePhasePlan(
         name=phase.name,
@@ -334,5 +363,5 @@ def _break_even(
         teacher=teacher,
         student=flops / draws,
         cached_per_trained=inputs.rows / inputs.train_rows,
-        uses_of_this_run=draws / (inputs.train_rows * config.images.noise.draws_per_row),
+        uses_of_this_run=draws / (inputs.train_rows * config.latents.noise.draws_per_row),
     )

@@ -18,6 +18,18 @@ from raydistill.signals import Batch, Field, JsonValue, Schema
 from raydistill.teachers.noise_prediction import CONDITIONS, GUIDANCE
 
 
+def make_sampler(config: TeacherSection, scheduler: Mapping[str, JsonValue], process: Process) -> Sampler:
+    """The sampler of a teacher; raises as `Sampler`."""
+    return Sampler(
+        scheduler,
+        process,
+        steps=config.steps,
+        keep_t=config.keep_t,
+        insert=config.off_grid == "insert",
+        where=f"teachers.{config.name}",
+    )
+
+
 class OdeTrajectory:
     """Samples from the noise of a batch with the sampler of the teacher's own scheduler.
 
@@ -39,15 +51,7 @@ class OdeTrajectory:
         sampler that cannot be, or that cannot stand at `keep_t`."""
         self._config, self._network, self._process = config, network.eval().requires_grad_(False), process
         self._scale = 1.0 if config.guidance_scale is None else config.guidance_scale
-        where = f"teachers.{config.name}"
-        self._sampler = Sampler(
-            scheduler,
-            process,
-            steps=config.steps,
-            keep_t=config.keep_t,
-            insert=config.off_grid == "insert",
-            where=where,
-        )
+        self._sampler = make_sampler(config, scheduler, process)
         self._causal = None if config.chunk_frames is None else CausalDenoiser(network, config.chunk_frames)
         frames = ("frame",) if isinstance(network, VIDEO_NETWORKS) else ()
         axes = ("channel", *frames, "height", "width")
@@ -63,7 +67,7 @@ class OdeTrajectory:
             "grid": [node.t for node in self._sampler.nodes],
             "sampler": self._sampler.name,
             "steps": config.steps,
-            "evaluations": (len(self._sampler.nodes) - 1) * (1 if self._scale == 1.0 else 2),
+            "evaluations": self._sampler.num_steps * (1 if self._scale == 1.0 else 2),
             "process": process.to_json(),
             "noise": noise.model_dump(mode="json"),
             "guidance_scale": config.guidance_scale,
