@@ -30,31 +30,31 @@ COSMOS_TIMES = 1000
 SUPPORTED = ("WanTransformer3DModel", "CosmosTransformer3DModel")
 
 
-def family_of(network: nn.Module) -> Family:
-    """What to know of the class of `network`; `ConfigError` names what keeps it from being causal."""
+def family_of(network: nn.Module, *, where: str = "") -> Family:
+    """What to know of the class of `network`; `ConfigError`, which begins with `where`, names what is against it."""
+    said = f"{where}: " if where else ""
     match network:
         case WanTransformer3DModel():
-            _require(network, {"image_dim": None, "added_kv_proj_dim": None}, "a model of text alone")
+            _require(network, {"image_dim": None, "added_kv_proj_dim": None}, said)
             return _WAN
         case CosmosTransformer3DModel():
-            wanted = {"img_context_dim_in": None, "controlnet_block_every_n": None}
-            _require(network, wanted, "a model of text alone")
+            _require(network, {"img_context_dim_in": None, "controlnet_block_every_n": None}, said)
             if _config(network).concat_padding_mask and importlib.util.find_spec("torchvision") is None:
                 raise ConfigError(
-                    "CosmosTransformer3DModel with concat_padding_mask wants torchvision, which diffusers resizes the "
-                    "mask with, found none; install it (pip install torchvision)."
+                    f"{said}CosmosTransformer3DModel with concat_padding_mask wants torchvision, which diffusers "
+                    "resizes the mask with, found none; install it (pip install torchvision)."
                 )
             return _COSMOS
         case CogVideoXTransformer3DModel():
             raise ConfigError(
-                "a causal student wants a transformer whose frames can be told times of their own and whose attention "
-                f"can be cut by frames ({' or '.join(SUPPORTED)}), found CogVideoXTransformer3DModel: in it text and "
-                "video attend to one another, so that later frames reach earlier ones, and all frames have one time. "
-                "Use it as a bidirectional teacher or student."
+                f"{said}what makes videos chunk by chunk is a transformer whose frames can be told times of their own "
+                f"and whose attention can be cut by frames ({' or '.join(SUPPORTED)}), found "
+                "CogVideoXTransformer3DModel: in it text and video attend to one another, so that later frames reach "
+                "earlier ones, and all frames have one time. Use it as a bidirectional teacher or student."
             )
         case _:
             raise ConfigError(
-                f"a causal student wants a video transformer of the class {' or '.join(SUPPORTED)}, found "
+                f"{said}wanted a video transformer of the class {' or '.join(SUPPORTED)}, found "
                 f"{type(network).__name__}."
             )
 
@@ -69,16 +69,17 @@ def _config(network: nn.Module) -> Any:
     return cast(Any, network).config
 
 
-def _require(network: nn.Module, settings: Mapping[str, object], why: str) -> None:
+def _require(network: nn.Module, settings: Mapping[str, object], said: str) -> None:
     config = _config(network)
     for key, wanted in settings.items():
         if config.get(key) != wanted:
             raise ConfigError(
-                f"a causal {type(network).__name__} wants {key}: null ({why}), found {config[key]}. Use another model."
+                f"{said}wanted a {type(network).__name__} of text alone ({key}: null), found {config[key]}. "
+                "Use another model."
             )
     if config.patch_size[0] != 1:
         raise ConfigError(
-            f"a causal {type(network).__name__} wants patches of one latent frame, found patch_size "
+            f"{said}wanted a {type(network).__name__} with patches of one latent frame, found patch_size "
             f"{list(config.patch_size)}. Use another model."
         )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raydistill.config.models import DiffusersModel
-from raydistill.config.recipes import NoisePredictionRecipe
+from raydistill.config.recipes import CausalConsistencyRecipe, NoisePredictionRecipe, SelfForcingRecipe
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, LatentSource, NoiseConfig
+from raydistill.config.teachers import OdeTrajectoryTeacher
 from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError
 from raydistill.models.autoencoder import space_facts
+from raydistill.models.causal_families import family_of
 from raydistill.models.denoiser import Shapes, empty_denoiser, process_of, shapes_of
 from raydistill.models.text_encoder import text_facts
 
@@ -29,6 +31,7 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
     drawn = any(isinstance(phase.recipe, NoisePredictionRecipe) for phase in config.phases)
     models = {"student.model": student}
     models |= {f"teachers.{t.name}": t.model for t in config.teachers if isinstance(t.model, DiffusersModel)}
+    models |= _asked(config)
     processes = {where: process_of(model) for where, model in models.items()}
     for where, process in processes.items():
         apart = process.differs(processes["student.model"], timesteps=drawn)
@@ -39,6 +42,7 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
                 "or name the right one with model.scheduler."
             )
     _require_chunks(config)
+    _require_causal(config)
     seen: list[DiffusersModel] = []
     for where, model in models.items():
         if drawn:
@@ -59,6 +63,44 @@ def _require_chunks(config: RunConfig) -> None:
             f"student.generator.causal.chunk_frames: wanted a chunk of at most {frames} latent frames (source.frames "
             f"{source.frames}), found {generator.causal.chunk_frames}; make chunks smaller or samples longer."
         )
+
+
+def _asked(config: RunConfig) -> dict[str, DiffusersModel]:
+    """Models that recipes name and ask while they train."""
+    found: dict[str, DiffusersModel | None] = {}
+    for index, phase in enumerate(config.phases):
+        match phase.recipe:
+            case SelfForcingRecipe(real_score=model):
+                found[f"phases.{index}.recipe.real_score"] = model
+            case CausalConsistencyRecipe(teacher=model):
+                found[f"phases.{index}.recipe.teacher"] = model
+    return {where: model for where, model in found.items() if model is not None}
+
+
+def _require_causal(config: RunConfig) -> None:
+    """Raise `ConfigError` for models that are to make videos chunk by chunk and cannot."""
+    chunked: dict[str, DiffusersModel] = {}
+    student, first = config.student.model, config.teachers[0].model if config.teachers else None
+    if config.student.generator is not None and config.student.generator.causal is not None:
+        assert isinstance(student, DiffusersModel), "denoisers are models of diffusers"
+        chunked["student.model"] = student
+    for teacher in config.teachers:
+        if isinstance(teacher, OdeTrajectoryTeacher) and teacher.teacher_attention == "autoregressive":
+            chunked[f"teachers.{teacher.name}"] = teacher.model
+    for index, phase in enumerate(config.phases):
+        recipe, named = phase.recipe, None
+        match recipe:
+            case SelfForcingRecipe(real_score=named, teacher_attention="autoregressive"):
+                pass
+            case CausalConsistencyRecipe(teacher=named, teacher_attention="autoregressive"):
+                pass
+            case _:
+                continue
+        model = named or first
+        if isinstance(model, DiffusersModel):
+            chunked[f"phases.{index}.recipe ({recipe.kind}, teacher_attention: autoregressive)"] = model
+    for where, model in chunked.items():
+        family_of(empty_denoiser(model), where=where)
 
 
 def require_convertible(process: Process, noise: NoiseConfig, *, where: str) -> None:
