@@ -88,16 +88,17 @@ def _require_causal(config: RunConfig) -> None:
         if isinstance(teacher, OdeTrajectoryTeacher) and teacher.teacher_attention == "autoregressive":
             chunked[f"teachers.{teacher.name}"] = teacher.model
     for index, phase in enumerate(config.phases):
-        recipe, named = phase.recipe, None
+        recipe = phase.recipe
+        named: DiffusersModel | None
         match recipe:
-            case SelfForcingRecipe(real_score=named, teacher_attention="autoregressive"):
-                pass
-            case CausalConsistencyRecipe(teacher=named, teacher_attention="autoregressive"):
-                pass
+            case SelfForcingRecipe():
+                named = recipe.real_score
+            case CausalConsistencyRecipe():
+                named = recipe.teacher
             case _:
                 continue
         model = named or first
-        if isinstance(model, DiffusersModel):
+        if recipe.teacher_attention == "autoregressive" and isinstance(model, DiffusersModel):
             chunked[f"phases.{index}.recipe ({recipe.kind}, teacher_attention: autoregressive)"] = model
     for where, model in chunked.items():
         family_of(empty_denoiser(model), where=where)

@@ -1,4 +1,4 @@
-"""Models that cannot make videos chunk by chunk, or be asked while a student trains, are refused before anything runs."""
+"""Models that cannot make videos by chunks, or be asked while a student trains, are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(parts: Path, name: str) -> dict[str, Any]:
 def forcing(parts: Path, **recipe: Any) -> RunConfig:
     phase = {
         "name": "sf", "steps": 4, "recipe": {"kind": "self_forcing", "guidance_scale": 1.0, **recipe},
-        "batch": {"global_size": 2, "micro_size": 2}, "optimizer": {player: {"lr": 1e-3} for player in ("student", "critic")},
+        "batch": {"global_size": 2, "micro_size": 2}, "optimizer": {p: {"lr": 1e-3} for p in ("student", "critic")},
     }  # fmt: skip
     return video_config(parts, parts / "home", phases=[phase])
 
