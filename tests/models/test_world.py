@@ -9,7 +9,7 @@ from raydistill.config.world import WorldSizes
 from raydistill.errors import ConfigError
 from raydistill.models.taps import Taps
 from raydistill.models.world import empty_world, random_world, require_world_model
-from raydistill.models.world.dynamics import empty_memory
+from raydistill.models.world.dynamics import Spatial, empty_memory
 from raydistill.models.world.protocol import check_clips
 
 SIZES = WorldSizes(
@@ -151,3 +151,15 @@ def test_an_action_beyond_the_action_space_is_named() -> None:
 def test_sizes_that_cannot_be_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WorldSizes.model_validate({**SIZES.model_dump(), **change})
+
+
+def test_attention_between_tiles_depends_on_where_they_lie_to_each_other() -> None:
+    """Equal tokens at two places of one distance, whatever the place: rows and columns apart."""
+    spatial = Spatial(16, 2, columns=3)
+    x = torch.randn(1, 1, 1, 16).expand(1, 1, 9, 16)
+    q, k, _ = spatial.projected(x.flatten(0, 1))
+    scores = spatial._placed(q) @ spatial._placed(k).mT
+    torch.testing.assert_close(scores[..., 0, 1], scores[..., 4, 5])
+    torch.testing.assert_close(scores[..., 0, 3], scores[..., 5, 8])
+    assert not torch.allclose(scores[..., 0, 1], scores[..., 0, 3])
+    assert not torch.allclose(scores[..., 1, 0], scores[..., 0, 1])

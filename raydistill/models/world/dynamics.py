@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from raydistill.config.world import WorldSizes
 
-ROTARY_BASE = 1000.0
+ROTARY_BASE, SPATIAL_BASE = 1000.0, 100.0
 
 
 @dataclass(slots=True)
@@ -79,11 +79,25 @@ class Attention(nn.Module):
 
 
 class Spatial(Attention):
-    """Attention within frames of [B, T, tokens, width]."""
+    """Attention within frames of [B, T, tokens, width], tokens row by row on a grid of `columns`.
+
+    Rows turn the first half of queries and keys, columns the second, so that "one tile to the left" is the same
+    everywhere: that is what an action asks for.
+    """
+
+    def __init__(self, width: int, heads: int, columns: int):
+        super().__init__(width, heads)
+        self.columns = columns
 
     def forward(self, x: Float[Tensor, "b t n w"]) -> Float[Tensor, "b t n w"]:
         q, k, v = self.projected(x.flatten(0, 1))
+        q, k = self._placed(q), self._placed(k)
         return x + self.attended(q, k, v, None).unflatten(0, x.shape[:2])
+
+    def _placed(self, x: Float[Tensor, "... tokens d"]) -> Float[Tensor, "... tokens d"]:
+        places, half = torch.arange(x.shape[-2], device=x.device), x.shape[-1] // 2
+        rows = rotated(x[..., :half], places // self.columns, base=SPATIAL_BASE)
+        return torch.cat([rows, rotated(x[..., half:], places % self.columns, base=SPATIAL_BASE)], -1)
 
 
 class Temporal(Attention):
@@ -115,10 +129,12 @@ class Temporal(Attention):
         return x + self.attended(q, k, v, mask).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def rotated(x: Float[Tensor, "... frames d"], at: Int[Tensor, " frames"]) -> Float[Tensor, "... frames d"]:
+def rotated(
+    x: Float[Tensor, "... frames d"], at: Int[Tensor, " frames"], *, base: float = ROTARY_BASE
+) -> Float[Tensor, "... frames d"]:
     """Pairs of numbers turned by angles in proportion to the time; a last odd number stays. arXiv 2104.09864."""
     half = x.shape[-1] // 2
-    angles = at[:, None].float() * ROTARY_BASE ** (-torch.arange(half, device=x.device).float() / max(half, 1))
+    angles = at[:, None].float() * base ** (-torch.arange(half, device=x.device).float() / max(half, 1))
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
@@ -130,7 +146,7 @@ class Block(nn.Module):
     def __init__(self, sizes: WorldSizes):
         super().__init__()
         inner = round(sizes.width * sizes.mlp_ratio)
-        self.spatial = Spatial(sizes.width, sizes.heads)
+        self.spatial = Spatial(sizes.width, sizes.heads, sizes.frame_size[1] // sizes.patch)
         self.temporal = Temporal(sizes.width, sizes.heads, sizes.context)
         self.norm = nn.LayerNorm(sizes.width)
         self.mlp = nn.Sequential(nn.Linear(sizes.width, inner), nn.GELU(), nn.Linear(inner, sizes.width))
