@@ -28,7 +28,7 @@ from raydistill.cache.ledger import Ledger, is_described, read_description
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import Worker, map_over_actors, map_shards, require_cluster
 from raydistill.cache.prompt_inputs import build_prompt_inputs
-from raydistill.cache.signal_job import SignalJob, TeacherFactory
+from raydistill.cache.signal_job import Previews, SignalJob, TeacherFactory
 from raydistill.cache.text_inputs import build_text_inputs
 from raydistill.cache.top_k_signal import INPUT_FACTS, TopKWorker
 from raydistill.cache.world_signal import WorldWorker
@@ -128,6 +128,7 @@ def build_signal(
         threads=max(1, int(wanted.cpus)),
         audit_rows=config.cache.audit_rows,
         audit_tolerance=config.cache.audit_tolerance,
+        previews=_previews(config, teacher),
     )
     described = old is not None or is_described(store)
     audits: dict[str, JsonValue] = {
@@ -154,6 +155,12 @@ def build_signal(
     )
     ledger.report_changed(sorted(audits))
     return store, manifest
+
+
+def _previews(config: RunConfig, teacher: TeacherConfig) -> Previews | None:
+    if not isinstance(teacher, OdeTrajectoryTeacher) or teacher.previews == 0:
+        return None
+    return Previews(teacher.previews, config.latents.vae, config.evaluate.videos.fps)
 
 
 def build_average(

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raydistill.cache.dense import DenseShard, read_dense, write_dense
 from raydistill.cache.dense_audit import DenseAudit, audit_draws
@@ -16,8 +17,13 @@ from raydistill.cache.manifest import FieldRecord
 from raydistill.cache.shards import field_records, publish_record
 from raydistill.cache.signal_job import SignalJob, audit_if_changed
 from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher
+from raydistill.models.autoencoder import load_space
 from raydistill.signals import JsonValue, Teacher
+from raydistill.sources.films import mp4, webp
 from raydistill.storage import Store
+
+PREVIEWS = "previews"
+"""Folder of a cache with samples to look at; no part of its manifest."""
 
 
 class DenoiserWorker:
@@ -32,6 +38,8 @@ class DenoiserWorker:
         torch.set_num_threads(job.threads)  # Ray's OMP_NUM_THREADS does not bind a teacher that sets its own
         self._teacher = job.factory(job.teacher, job.noise)
         self._dtype: torch.dtype = getattr(torch, job.teacher.store_dtype)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._space = load_space(job.previews.vae, device) if job.previews is not None else None
         facts: dict[str, JsonValue] = {
             **job.facts,
             **self._teacher.facts,
@@ -69,8 +77,23 @@ class DenoiserWorker:
             self._store, name, tensors, meta=signal_meta(inputs), split=job.splits[name], rows=inputs.rows
         )
         audit = audit_if_changed(job, record, lambda: self._compare(inputs, read_dense(self._store, name)))
+        if self._space is not None:
+            self._preview(name, tensors["clean"])
         publish_record(self._store, record)
         return {"shard": name, "audit": audit}
+
+    def _preview(self, name: str, clean: Tensor) -> None:
+        """Keep the first draw of the first rows of a shard as files to look at."""
+        previews = self._job.previews
+        assert previews is not None and self._space is not None, "asked for previews"  # noqa: PT018
+        for row, latents in enumerate(clean[: previews.rows, 0]):
+            with self._computing:
+                pixels = (self._space.decode(latents[None].float()) / 2 + 0.5)[0]
+            stem = f"{name.partition('.')[0]}-{row:03}"
+            if pixels.ndim == 4:
+                (self._store / PREVIEWS).publish(f"{stem}.mp4", mp4(pixels, previews.fps))
+            else:
+                (self._store / PREVIEWS).publish(f"{stem}.webp", webp(pixels[:, None], 1))
 
     def _compare(self, inputs: DenseShard, written: DenseShard) -> DenseAudit:
         num_rows = max(1, self._job.audit_rows)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from raydistill.cache.manifest import ShardRecord
-from raydistill.config.sources import NoiseConfig
+from raydistill.config.sources import NoiseConfig, VaeConfig
 from raydistill.config.teachers import TeacherConfig
 from raydistill.errors import VerificationFailed
 from raydistill.signals import JsonValue, Teacher
@@ -37,6 +37,18 @@ class SignalJob:
     threads: int
     audit_rows: int
     audit_tolerance: float
+    previews: Previews | None = None
+    """Of trajectories."""
+
+
+@dataclass(frozen=True, slots=True)
+class Previews:
+    """Samples that are also kept as files to look at."""
+
+    rows: int
+    """Of each shard."""
+    vae: VaeConfig | Literal["none"]
+    fps: float
 
 
 class Comparison(Protocol):

@@ -20,10 +20,10 @@ from raydistill.config.schema import ImageEvaluation, RunConfig
 from raydistill.diffusion.process import Process
 from raydistill.evaluate.denoiser import Draws
 from raydistill.evaluate.features import ClipScore, Extractor, feature_distances
-from raydistill.evaluate.films import webp
 from raydistill.evaluate.generate import Sampling, first_noise, png, sample
 from raydistill.models.autoencoder import load_space
 from raydistill.signals import JsonValue
+from raydistill.sources.films import webp
 from raydistill.storage import Store
 
 FOLDER = "samples"

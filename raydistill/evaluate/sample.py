@@ -21,7 +21,7 @@ from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, PromptsSource, VideosSource
 from raydistill.diffusion.draws import noise_of
 from raydistill.errors import ConfigError, DataError, RaydistillError
-from raydistill.evaluate.films import mp4
+from raydistill.sources.films import mp4
 from raydistill.evaluate.generate import png
 from raydistill.evaluate.job import device
 from raydistill.models.autoencoder import load_space

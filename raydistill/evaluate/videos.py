@@ -19,7 +19,6 @@ from raydistill.diffusion.chunks import chunk_spans
 from raydistill.diffusion.draws import noise_of
 from raydistill.evaluate.comparison import compare
 from raydistill.evaluate.denoiser import process_in
-from raydistill.evaluate.films import mp4, webp
 from raydistill.evaluate.generate import png
 from raydistill.evaluate.images import cache_sizes, image_cache_stats
 from raydistill.evaluate.job import EvaluateJob, Evaluation, device, student_in
@@ -38,6 +37,7 @@ from raydistill.models.autoencoder import Space, load_space
 from raydistill.models.denoiser import load_denoiser
 from raydistill.models.few_step import generate, seeded_noise
 from raydistill.signals import JsonValue
+from raydistill.sources.films import mp4, webp
 from raydistill.storage import Store
 from raydistill.teachers import build_teacher
 

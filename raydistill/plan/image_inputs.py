@@ -189,8 +189,8 @@ def plan_draw_cache(
     prediction: int,
     taps: int,
 ) -> DrawCachePlan:
-    """Size of a teacher's cache, for `prediction` numbers and `taps` more per draw; a trajectory has so many numbers for
-    each kept state and for the sample."""
+    """Size of a cache for `prediction` numbers and `taps` more per draw; a trajectory has so many numbers for each kept
+    state and for the sample."""
     kept = 1 + len(teacher.keep_t) if isinstance(teacher, OdeTrajectoryTeacher) else 1
     per_draw: float = BYTES[teacher.store_dtype] * (kept * prediction + taps) + DRAW_BYTES
     draws = config.latents.noise.draws_per_row

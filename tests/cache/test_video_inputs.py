@@ -20,6 +20,7 @@ from raydistill.cache.verify import verify
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.denoiser import load_denoiser, predict
+from raydistill.sources.clips import read_clip
 from raydistill.storage import Store
 
 CLIPS: dict[str, Any] = {
@@ -275,3 +276,23 @@ def test_a_video_of_no_frames_is_not_asked_of_a_video_transformer(
     inputs, manifest = build_inputs(config, folder)
     with pytest.raises(ConfigError, match=r"wants source\.frames"):
         build_signal(config, config.teachers[0], inputs, manifest, folder)
+
+
+def test_previews_are_videos_beside_the_shards_and_change_nothing_in_them(
+    in_process: InProcess, parts: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, number in (("without", 0), ("with", 1)):
+        plain = video_config(parts, tmp_path / name).model_dump(mode="json")
+        plain["teachers"][0]["previews"] = number
+        config = RunConfig.model_validate(plain)
+        folder = Store(config.cache.dir)
+        inputs, manifest = build_inputs(config, folder)
+        signal, kept = build_signal(config, config.teachers[0], inputs, manifest, folder)
+        found[name] = {n: c for n, c in cache_bytes(signal).items() if not n.startswith("previews/")}
+        films = (signal / "previews").names() if number else []
+        assert len(films) == number * len(kept.shards)
+    assert found["with"] == found["without"]
+    film_bytes = (signal / "previews").read(films[0])
+    frames = read_clip(film_bytes, frames=FRAMES, fps=None, background=(255, 255, 255))
+    assert frames[0].size == (SIDE, SIDE)

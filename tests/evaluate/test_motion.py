@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raydistill.errors import ConfigError
 from raydistill.evaluate.convergence import converged
-from raydistill.evaluate.films import mp4, webp
+from raydistill.sources.films import mp4, webp
 from raydistill.evaluate.motion import drift, motion
 from raydistill.evaluate.video_features import VideoExtractor, video_distance
 
