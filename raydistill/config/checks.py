@@ -6,8 +6,11 @@ Each problem is one line that starts with the dotted key it is about.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, get_args
+
+from pydantic import JsonValue
 
 from raydistill.config.base import Config
 from raydistill.config.metrics import training_metrics
@@ -83,9 +86,16 @@ SAME_TIME = 1e-6
 """Times that differ by no more are one time."""
 
 
+SECRET = re.compile(
+    r"^\w+://[^/@\s]*:[^/@\s]+@|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+"""Credentials inside a URI, and what access keys look like."""
+
+
 def problems(config: RunConfig) -> list[str]:
     """Everything that is wrong between the sections of `config`."""
     return [
+        *_secrets(config.model_dump(mode="json")),
         *_names(config),
         *_weights(config),
         *_kinds(config),
@@ -99,6 +109,22 @@ def problems(config: RunConfig) -> list[str]:
         *_resources(config),
         *_outcome(config),
     ]
+
+
+def _secrets(value: JsonValue, at: str = "") -> Iterator[str]:
+    """Places of credentials. The message does not repeat them."""
+    match value:
+        case dict():
+            for key, inner in value.items():
+                yield from _secrets(inner, f"{at}.{key}" if at else str(key))
+        case list():
+            for index, inner in enumerate(value):
+                yield from _secrets(inner, f"{at}.{index}")
+        case str() if SECRET.search(value):
+            yield (
+                f"{at}: holds credentials, which would end up in config.json and in logs. Take them out, and give "
+                "them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, …) or the cloud's own roles."
+            )
 
 
 def _names(config: RunConfig) -> Iterator[str]:

