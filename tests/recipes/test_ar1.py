@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from ar1 import (
     FRAMES,
     RHO,
+    TIMES,
     Ar1Causal,
     Ar1Student,
     Known,
@@ -23,10 +25,15 @@ from ar1 import (
 )
 from torch import Tensor
 
-from raydistill.config.recipes import CausalConsistencyRecipe, SelfForcingRecipe, TeacherForcingRecipe
+from raydistill.config.recipes import (
+    CausalConsistencyRecipe,
+    SelfForcingRecipe,
+    TeacherForcingRecipe,
+    TrajectoryRecipe,
+)
 from raydistill.models.rollout import Rollout
-from raydistill.recipes import causal_consistency, self_forcing, teacher_forcing
-from raydistill.recipes.base import Recipe
+from raydistill.recipes import causal_consistency, self_forcing, teacher_forcing, trajectory
+from raydistill.recipes.base import Recipe, TeacherView
 from raydistill.recipes.causal_consistency import towards
 from raydistill.recipes.online import Online
 from raydistill.signals import Draws
@@ -37,7 +44,7 @@ ROWS = 256
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (causal_consistency, self_forcing, teacher_forcing):
+    for module in (causal_consistency, self_forcing, teacher_forcing, trajectory):
         monkeypatch.setattr(module, "CausalDenoiser", Ar1Causal)
 
 
@@ -76,6 +83,71 @@ def trained(recipe: Recipe[Any], steps: int, lr: float) -> Ar1Student:
         loss_of(recipe, "student", step).backward()
         optimizer.step()
     return student
+
+
+def path_batch(step: int, end: Tensor, rho: float | None) -> dict[str, Tensor]:
+    """Paths to samples `end` z of noise z [rows, frames]: chunk by chunk with this ρ, else of all frames together."""
+    z = torch.randn(ROWS, FRAMES, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    clean = z @ end.T
+    if rho is None:
+        values, vectors = torch.linalg.eigh(covariance_of(RHO, SPREAD))
+        states = [z @ (vectors * ((1 - t) ** 2 * values + t**2).sqrt()) @ vectors.T for t in TIMES[:-1]]
+    else:
+        mean = rho * torch.cat([torch.zeros(ROWS, 1), clean[:, :-1]], 1)
+        spread = torch.tensor([1.0, *[SPREAD] * (FRAMES - 1)])
+        states = [(1 - t) * mean + ((1 - t) ** 2 * spread**2 + t**2).sqrt() * z for t in TIMES[:-1]]
+    wide = (slice(None), None, slice(None), None, None)
+    return {
+        "ode/clean": clean[wide].float(),
+        "ode/path": torch.stack([s[wide].float() for s in states], 1),
+        "weight": torch.ones(ROWS),
+    }
+
+
+def causal_kd(student: Ar1Student) -> trajectory.Trajectory:
+    facts: dict[str, Any] = {
+        "t": list(TIMES[:-1]), "sigmas": list(TIMES[:-1]), "alphas": [1 - t for t in TIMES[:-1]],
+        "process": student.process.to_json(),
+    }  # fmt: skip
+    how = TrajectoryRecipe(kind="trajectory", causal=True, context="clean")
+    return trajectory.Trajectory(how, student, {"ode": TeacherView("ode", 1.0, facts)})
+
+
+def follow(student: Ar1Student, batches: Callable[[int], dict[str, Tensor]], steps: int) -> float:
+    """CausalKD for some steps; the mean loss over twenty fresh batches afterwards."""
+    recipe, optimizer = causal_kd(student), torch.optim.Adam(student.parameters(), lr=0.05)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        optimizer.zero_grad()
+        (recipe.loss("student", batches(step), draws(step)).parts["trajectory"].sum / ROWS).backward()
+        optimizer.step()
+    fresh = range(1000, 1020)
+    found = [recipe.loss("student", batches(i), draws(i)).parts["trajectory"].sum.item() / ROWS for i in fresh]
+    return sum(found) / len(found)
+
+
+def test_causal_kd_recovers_the_path_of_an_autoregressive_teacher_without_an_error_left() -> None:
+    mixing = torch.linalg.cholesky(covariance_of(RHO, SPREAD))
+    student = Ar1Student(0.2, 1.0, "end")
+    left = follow(student, lambda step: path_batch(step, mixing, RHO), 200)
+    assert student.rho.item() == pytest.approx(RHO, abs=0.01)
+    assert student.spread.item() == pytest.approx(SPREAD, abs=0.01)
+    assert left < 1e-4
+
+
+def test_causal_kd_on_a_teacher_that_sees_the_future_keeps_the_error_of_what_the_future_decides() -> None:
+    values, vectors = torch.linalg.eigh(covariance_of(RHO, SPREAD))
+    root = vectors * values.sqrt() @ vectors.T
+    floor = 0.0
+    for t in TIMES[:-1]:
+        state = vectors * ((1 - t) ** 2 * values + t**2).sqrt() @ vectors.T
+        for k in range(FRAMES):  # the variance of x0_k that is left when x_t of the frame and all clean ones are known
+            known = torch.cat([state[[k]], root[:k]])
+            explained = root[k] @ known.T @ torch.linalg.solve(known @ known.T, known @ root[k])
+            floor += 0.5 * float(root[k] @ root[k] - explained) / FRAMES / len(TIMES[:-1])
+    left = follow(Ar1Student(0.2, 1.0, "end"), lambda step: path_batch(step, root, None), 200)
+    assert floor > 0.01
+    assert left > 0.98 * floor
 
 
 def consistency(student: Ar1Student, teacher: Known, **settings: Any) -> causal_consistency.CausalConsistency:
