@@ -43,6 +43,6 @@ def approximate_r1(
 ) -> Float[Tensor, " samples"]:
     """mean((D(x) - D(x + sigma eps))²): R1 without second derivatives, for small sigma sigma² |∇D|² in the mean.
 
-    Source: Lin et al. 2025, arXiv 2501.08316, Eq. 8.
+    Source: Lin et al. 2025, arXiv 2501.08316 (approximated R1).
     """
     return (logits.float() - shifted.float()).square().mean(1)

@@ -3,8 +3,8 @@
 The network stays what it is: its class, its names and its files. Only its self-attention gets processors that know of
 chunks, and its positions hooks that know where a chunk lies in the video; outside the calls of `CausalDenoiser` both do
 what diffusers' own do. Every parameter is used inside the module that owns it, so ZeRO-3 can gather it there.
-Sources: Yin et al. 2024, arXiv 2412.07772, Sec. 4.1 (block-causal attention); Huang et al. 2025, arXiv 2506.08009,
-Sec. 3.2 (rollout with a key-value cache).
+Sources: Yin et al. 2024, arXiv 2412.07772 (block-causal attention); Huang et al. 2025, arXiv 2506.08009, Alg. 1
+(rollout with a key-value cache).
 """
 
 from __future__ import annotations

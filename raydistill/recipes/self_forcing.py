@@ -3,7 +3,7 @@
 Student: x = rollout, ended at a random step that is the only one with gradients; x is noised to a time t, and the
 difference of what the critic (which knows the student's videos) and the teacher expect behind it is its gradient.
 Critic: a denoiser of the student's videos. With heads, both also play the game of telling clips from rollouts.
-Source: Huang et al. 2025, arXiv 2506.08009, Alg. 1 and Sec. 3.4.
+Source: Huang et al. 2025, arXiv 2506.08009, Alg. 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plain diffusion training of a causal video model, each noised chunk beside the clean chunks before it.
 
-It makes an autoregressive teacher out of a bidirectional one. Source: arXiv 2602.02214, Sec. 4.
+It makes an autoregressive teacher out of a bidirectional one. Source: arXiv 2602.02214.
 """
 
 from __future__ import annotations
