@@ -123,7 +123,7 @@ def _secrets(value: JsonValue, at: str = "") -> Iterator[str]:
         case str() if SECRET.search(value):
             yield (
                 f"{at}: holds credentials, which would end up in config.json and in logs. Take them out, and give "
-                "them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, …) or the cloud's roles."
+                "them by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN, …) or the cloud's roles."
             )
 
 
