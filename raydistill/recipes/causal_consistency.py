@@ -2,7 +2,8 @@
 
 With clean chunks before it, the teacher leads a noised chunk from t to the time s before it on a grid, and the
 student's clean prediction at t is drawn towards its own at s: at 0 that is the sample itself, so that in the end every
-point of a path is led to its end. Sources: Song et al. 2023, arXiv 2303.01469, Alg. 2; for causal students, arXiv 2602.02214.
+point of a path is led to its end. Sources: Song et al. 2023, arXiv 2303.01469, Alg. 2; for causal students, arXiv
+2602.02214.
 """
 
 from __future__ import annotations
