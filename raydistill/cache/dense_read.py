@@ -119,7 +119,7 @@ class DenseDataset:
         """Samples of one bucket as one batch.
 
         Besides what `denoiser_batch` gives, weight[B] fp32 of ones and `"<teacher>/<field>"` [B, ...] in the dtype in
-        which the field is stored.
+        which the field is stored. Where trajectories were imported, `noise` is their first state.
         """
         draws, shards = zip(*map(self._draw, indices), strict=True)
         batch = denoiser_batch(draws, self._noise)
@@ -128,12 +128,15 @@ class DenseDataset:
             return batch
         found = noise_hashes(batch["noise"])
         for teacher, names in self._fields.items():
-            for place, (draw, shard) in enumerate(zip(draws, shards, strict=True)):
-                timestep = int(batch["timestep"][place])
-                require_noise(shard[teacher], draw, found[place], timestep, where=str(shard[teacher].path))
             for name in names:
                 values = [shard[teacher].tensor(name)[d.row, d.draw] for d, shard in zip(draws, shards, strict=True)]
                 batch[f"{teacher}/{name}"] = stacked(values)
+            if "path" in names and self.facts(teacher).get("imported") is True:  # its noise was drawn elsewhere
+                batch["noise"] = batch[f"{teacher}/path"][:, 0].float()
+                continue
+            for place, (draw, shard) in enumerate(zip(draws, shards, strict=True)):
+                timestep = int(batch["timestep"][place])
+                require_noise(shard[teacher], draw, found[place], timestep, where=str(shard[teacher].path))
         return batch
 
     def silenced(self, batch: Batch) -> dict[str, Tensor]:

@@ -80,6 +80,8 @@ def verify(
             match next((teacher for teacher in config.teachers if teacher.name == name), None):
                 case TopKLogitsTeacher() as teacher:
                     audit = audit_language_model(config, teacher, store, manifest, inputs, sample, load=load)
+                case OdeTrajectoryTeacher(imported=str()):
+                    audit = Audits({}, "imported: its noise was drawn elsewhere, so that no row is sampled again")
                 case (NoisePredictionTeacher() | OdeTrajectoryTeacher()) as teacher:
                     audit = audit_denoiser(config, teacher, store, manifest, inputs, sample, factory)
                 case (FeaturesTeacher() | RolloutTeacher()) as teacher:

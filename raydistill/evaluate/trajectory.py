@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raydistill.cache.dense_read import DenseDataset
+from raydistill.cache.joined import open_manifest
 from raydistill.config.models import GeneratorConfig
 from raydistill.config.schema import RunConfig
 from raydistill.config.teachers import OdeTrajectoryTeacher
@@ -94,7 +95,10 @@ def open_held_out_trajectories(
     assert config.student.generator is not None, "the student is one of few steps"
     kept = [t for t in config.teachers if isinstance(t, OdeTrajectoryTeacher) and t.name in signals]
     teacher = max(kept, key=lambda t: t.weight).name if kept else None
-    fields = {teacher: ("clean",)} if teacher is not None else {}
+    fields: dict[str, tuple[str, ...]] = {}
+    if teacher is not None:  # imported samples begin with noise of their own: their first state
+        imported = open_manifest(Store(signals[teacher])).facts.get("imported") is True
+        fields[teacher] = ("clean", "path") if imported else ("clean",)
     dataset = DenseDataset(
         Store(inputs), {name: Store(signals[name]) for name in fields}, config.latents.noise,
         split="held_out", fields=fields, max_rows=max_rows or config.evaluate.max_rows,
