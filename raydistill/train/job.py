@@ -67,6 +67,7 @@ class PhaseJob:
         for key in ("log_every", "explode_factor", "zero"):
             del phase[key]
         del phase["batch"]["micro_size"]
+        phase["recipe"].pop("online", None)  # who answers for a teacher, not what it says
         phase["checkpoint"] = {k: v for k, v in phase["checkpoint"].items() if k.startswith("best")}
         return {
             **{f"phase.{key}": value for key, value in phase.items()},

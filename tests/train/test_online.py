@@ -76,6 +76,11 @@ def test_an_actor_gives_the_bits_of_the_worker(pipeline: Path, attention: str) -
     assert all(p.requires_grad and p.dtype == torch.float32 for p in local.critic.parameters())
 
 
+def test_a_phase_may_go_on_with_its_teacher_somewhere_else(pipeline: Path) -> None:
+    assert job_of(pipeline, online="actors").settings() == job_of(pipeline).settings()
+    assert job_of(pipeline, guidance_scale=2.0).settings() != job_of(pipeline).settings()
+
+
 def test_phases_that_ask_nobody_get_nobody(pipeline: Path) -> None:
     job = job_of(pipeline)
     other = job.config.phases[0].model_copy(update={"recipe": None})
