@@ -91,7 +91,8 @@ class Evil:
     ("fault", "words"),
     [
         ("pickle", "weights_only"), ("list", "one tensor, found list"),
-        ("shape", r"wanted the shape \[3, 3, 5, 8, 8\]"), ("nan", "NaN"), ("missing", "found no path.pth"), ("uneven", r"wanted 2 sample\(s\)"), ("cut", "weights_only"),
+        ("shape", r"wanted the shape \[3, 3, 5, 8, 8\]"), ("nan", "NaN"), ("missing", r"found no path\.pth"),
+        ("uneven", r"wanted 2 sample\(s\)"), ("cut", "weights_only"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_used_are_named(
