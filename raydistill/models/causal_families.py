@@ -110,15 +110,12 @@ class CausalWanProcessor(WanAttnProcessor):
         if not isinstance(rotary_emb, Places):
             out: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return out
-        if getattr(attn, "fused_projections", False):
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key = (
             _rotated(t.unflatten(2, (attn.heads, -1)), *rotary_emb.rotary)
-            for t in (attn.norm_q(query), attn.norm_k(key))
+            for t in (attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)))
         )
-        mixed = rotary_emb.attend(self.layer, query, key, value.unflatten(2, (attn.heads, -1)))
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        mixed = rotary_emb.attend(self.layer, query, key, value)
         return cast(Tensor, attn.to_out[1](attn.to_out[0](mixed.flatten(2, 3).type_as(query))))
 
 

@@ -106,6 +106,21 @@ def test_the_cached_rollout_is_the_full_recomputation(family: str, frames: int, 
     assert (by_chunks(causal, x, t, text) - full).abs().max() < ROUNDING * full.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@families
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+def test_on_a_gpu_the_cached_rollout_is_the_full_recomputation(
+    family: str, dtype: torch.dtype, rounding: float
+) -> None:
+    causal = CausalDenoiser(nn.Module.to(FAMILIES[family](), "cuda", dtype), 3)
+    x, text = clips(2, 7).cuda(), {name: value.cuda() for name, value in captions(2).items()}
+    t = times(2, causal.spans(7)).cuda()
+    with torch.no_grad():
+        full = causal.predict(x, t, text)
+    assert (by_chunks(causal, x, t, text) - full).abs().max() < rounding * full.abs().max()
+
+
 @families
 def test_past_frames_do_not_change_when_the_future_does(family: str) -> None:
     x, text, causal = clips(2, 7), captions(2), CausalDenoiser(FAMILIES[family](), 3)
