@@ -86,11 +86,18 @@ def main() -> None:
     parser.add_argument("--depths", nargs="+", default=["uniform", "importance", "first", "last"])
     parser.add_argument("--set", nargs="+", default=[], help="further overrides of the configuration, key=value")
     parser.add_argument("--features-of", type=Path, help="folder of an autoencoder whose encoder sees images")
+    parser.add_argument(
+        "--read", action="store_true", help="train nothing; write what FOLDER holds, also unfinished runs"
+    )
     options = parser.parse_args()
+    typed = [argument for argument in sys.argv[2:] if argument != "--read"]
     runs: dict[str, dict[str, Any]] = {}
     for start in starts(options.bases, options.depths, options.rows):
         run = options.folder.absolute() / start.name.replace(", ", "-")
-        train(start, run, options)
+        if not options.read:
+            train(start, run, options)
+        elif not (run / "metrics.jsonl").exists():
+            continue
         runs[start.name] = measured(run, options.metric)
         goal = runs[RANDOM]["curve"][-1][1]
         found = runs[start.name]
@@ -98,7 +105,7 @@ def main() -> None:
         write(
             f"projection_{options.name}",
             {
-                "command": f"python benchmarks/projection.py FOLDER {shlex.join(sys.argv[2:])}",
+                "command": f"python benchmarks/projection.py FOLDER {shlex.join(typed)}",
                 "metric": options.metric,
                 "goal": goal,
                 "table": table(runs),
@@ -207,10 +214,11 @@ def table(runs: dict[str, dict[str, Any]]) -> list[str]:
     for name, found in runs.items():
         step, seconds = found["steps_to_goal"], found["seconds_to_goal"]
         when = ("not reached", "", "") if step is None else (f"{step}", f"{step / steps:.0%}", f"{seconds:.0f}")
-        cells = [name, f"{found['curve'][-1][1]:.4g}", *when]
+        at, value = found["curve"][-1]
+        cells = [name, f"{value:.4g}" + (f" (step {at})" if at < steps else ""), *when]
         if sees:
             told = found["features"]
-            cells += [f"{told['frechet_distance']:.3g}", f"{told['kernel_distance']:.3g}"]
+            cells += [f"{told['frechet_distance']:.3g}", f"{told['kernel_distance']:.3g}"] if told else ["", ""]
         rows.append(" | ".join(cells))
     return rows
 
