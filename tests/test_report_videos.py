@@ -35,6 +35,14 @@ def test_each_phase_is_told_to_have_converged_or_still_to_fall(tmp_path: Path) -
     assert second in page
 
 
+def test_errors_by_number_of_steps_and_motion_have_words(tmp_path: Path) -> None:
+    line = {"mse_to_teacher": 0.1, "mse_after/1": 0.3, "mse_after/2": 0.1, "seam_change": 1.5, "rollout_drift": 0.02}
+    (tmp_path / "metrics.json").write_text(json.dumps({"student": line}))
+    page = render_report(Store(tmp_path))
+    for title in ("Error after 1 step<", "Error after 2 steps<", "Change at seams", "Drift"):
+        assert title in page, title
+
+
 def test_runs_without_such_an_error_say_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"phase": "a", "step": 1, "loss": 1.0}) + "\n")
     assert convergence_words(read_log(Store(tmp_path), "metrics.jsonl")) == []

@@ -139,7 +139,9 @@ def _rows(lines: Mapping[str, Json], metrics: Json, *, tone: str | None = None) 
     """A row for each metric that some model has; the best student is marked, a teacher never."""
     flat = {who: flattened(line) for who, line in lines.items()}
     features = feature_metrics([*lines.values()])
-    names = dict.fromkeys(name for line in lines.values() for name in line if name.startswith("mse_to/"))
+    names = dict.fromkeys(
+        name for line in lines.values() for name in line if name.startswith(("mse_to/", "mse_after/"))
+    )
     single = [metric for name in names if (metric := metric_of(name))]
     known = {metric.name for metric in (*METRICS, *single)}
     extra = dict.fromkeys(name for line in lines.values() for name in line if name not in known | IN_TABLE_ELSEWHERE)

@@ -50,11 +50,17 @@ METRICS = (
     Metric("mse_to_mean", "Error to their mean", "the part of it that a student can lower", better="low"),
     Metric("mse_to_noise", "Error to the truth", "against the noise that was really mixed in", better="low"),
     Metric("clip_score", "CLIP score", "100 × cosine of generated image and caption", better="high"),
+    Metric("frame_similarity", "Frame similarity", "correlation of neighbours; to be read beside the teacher's"),
+    Metric("frame_change", "Frame change", "mean difference of neighbours; to be read beside the teacher's"),
+    Metric("seam_change", "Change at seams", "where chunks meet, over that inside them; 1 where they join smoothly"),
+    Metric("rollout_frames", "Long rollout", "latent frames of the videos on which drift is measured"),
+    Metric("rollout_drift", "Drift", "of brightness and contrast, from the first to the last frames", better="low"),
     Metric("parameters", "Parameters", "numbers that the model holds"),
     Metric("bytes", "Size", "bytes of the weights in the number format used", "bytes"),
     Metric("tokens_per_second", "Tokens per second", "forward pass and output head, same rows and machine"),
     Metric("samples_per_second", "Steps per second", "forward passes of one image each, same draws and machine"),
     Metric("images_per_second", "Images per second", "all steps of the sampler, and decoding"),
+    Metric("frames_per_second", "Frames per second", "of one video of equal length, all steps"),
     Metric("peak_memory_bytes", "Working memory", "most that a forward pass takes beside the weights", "bytes"),
 )
 PARTS = {
@@ -74,6 +80,13 @@ IMAGE_PARTS = {
         Metric("kd", "Distance to the teachers", "between predictions, weighted over the teachers"),
         Metric("task", "Plain diffusion loss", "against the noise that was really mixed in"),
         Metric("tap", "Features", "of a block, against the teacher's"),
+        Metric("trajectory", "Distance to the teacher's samples", "from states on the way to them, half squared"),
+        Metric("consistency", "Consistency", "between clean predictions at neighbouring times"),
+        Metric("dmd", "Distance of the scores", "half squared and normalised: no measure of quality"),
+        Metric("denoising", "Denoising", "of the critic on the student's videos, or of clips chunk by chunk"),
+        Metric("telling", "Telling real from made", "loss of the heads; 1.39 where they know nothing"),
+        Metric("fooling", "Fooling the heads", "loss of the student; 0.69 where they know nothing"),
+        Metric("r1", "R1 penalty", "change of the heads' verdict on clips that are noised a little"),
     )
 }
 """The same where denoisers learn."""
@@ -94,6 +107,10 @@ def metric_of(name: str) -> Metric | None:
     """What is known of a metric of models."""
     if name.startswith("mse_to/"):
         return Metric(name, f"Error to {name.removeprefix('mse_to/')}", "mean squared, to this teacher", better="low")
+    if name.startswith("mse_after/"):
+        steps = name.removeprefix("mse_after/")
+        title = f"Error after {steps} step{'s' if steps != '1' else ''}"
+        return Metric(name, title, "mean squared, to the teacher's sample of the same noise", better="low")
     return next((metric for metric in METRICS if metric.name == name), None)
 
 
