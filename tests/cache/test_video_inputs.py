@@ -7,10 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest_cache import InProcess, cache_bytes
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from PIL import Image
+from tiny_denoisers import save_pipeline
 from video_run import FRAMES, SIDE, T_LIST, film, video_config, write_clips, write_film, write_parts
 
 from raydistill.cache.build import build_inputs, build_signal
@@ -20,6 +23,7 @@ from raydistill.cache.verify import verify
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.denoiser import load_denoiser, predict
+from raydistill.models.denoiser_agreement import check_denoisers
 from raydistill.sources.clips import read_clip
 from raydistill.storage import Store
 
@@ -296,3 +300,55 @@ def test_previews_are_videos_beside_the_shards_and_change_nothing_in_them(
     film_bytes = (signal / "previews").read(films[0])
     frames = read_clip(film_bytes, frames=FRAMES, fps=None, background=(255, 255, 255))
     assert frames[0].size == (SIDE, SIDE)
+
+
+# --- said before anything is run --------------------------------------------------------------------------------
+
+
+def test_a_chunk_beyond_the_samples_is_refused(parts: Path, tmp_path: Path) -> None:
+    config = video_config(parts, tmp_path, student={"generator": {"t_list": T_LIST, "causal": {"chunk_frames": 6}}})
+    with pytest.raises(ConfigError, match=r"chunk_frames: wanted a chunk of at most 5 latent frames"):
+        check_denoisers(config, ((SIDE, SIDE),))
+    check_denoisers(video_config(parts, tmp_path), ((SIDE, SIDE),))
+
+
+def test_a_model_of_other_latents_is_refused(parts: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=16, ffn_dim=32, num_layers=1,
+    )  # fmt: skip
+    save_pipeline(other, tmp_path / "other", FlowMatchEulerDiscreteScheduler(), inside="transformer")
+    plain = video_config(parts, tmp_path).model_dump(mode="json")
+    plain["teachers"][0]["model"]["source"] = str(tmp_path / "other")
+    with pytest.raises(ConfigError, match="wanted latents of 4 channels, found 3 of pixels"):
+        check_denoisers(RunConfig.model_validate(plain), ((SIDE, SIDE),))
+
+
+def test_an_odd_length_and_an_odd_size_name_the_next_ones(in_process: InProcess, parts: Path, tmp_path: Path) -> None:
+    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae.save_pretrained(tmp_path / "vae")
+    for source, words in (
+        ({"frames": 7, "size": [16, 16]}, r"wanted 4 k \+ 1 frames.* found 7; set it to 5 or 9"),
+        ({"frames": 5, "size": [12, 16]}, r"source\.size \[12, 16\] is not divisible by the autoencoder's factor of 8"),
+    ):
+        config = video_config(parts, tmp_path, source={"vae": {"source": str(tmp_path / "vae")}, **source})
+        with pytest.raises(ConfigError, match=words):
+            build_inputs(config, Store(config.cache.dir))
+
+
+def test_clips_become_latents_of_a_video_autoencoder(in_process: InProcess, parts: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.5, 2.0, 0.5, 3.0]}
+    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    source = {"vae": {"source": str(tmp_path / "vae")}, "buckets": [[16, 16]]}
+    rows = built_rows(clips_config(parts, tmp_path, [str(parts / "clips")], **source))
+    found = rows["0.mp4"]
+    assert found.shape == (4, 2, 2, 2)
+    frames = read_clip((parts / "clips/0.mp4").read_bytes(), frames=5, fps=8, background=(255, 255, 255))
+    pixels = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames]).permute(3, 0, 1, 2)[None]
+    with torch.no_grad():
+        raw = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mode()[0]
+    mean, std = (torch.tensor(statistics[f"latents_{name}"]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close(found, (raw - mean) / std, rtol=0, atol=1e-4)
