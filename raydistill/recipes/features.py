@@ -26,7 +26,7 @@ from raydistill.signals import Batch, Draws
 
 COMMITMENT = 0.25
 """Weight of latents being drawn to their entries. Source: van den Oord et al. 2017, arXiv 1711.00937, Sec. 3.2."""
-USAGE = 0.1
+USAGE = 0.02
 """Weight of the codebook being used evenly."""
 
 

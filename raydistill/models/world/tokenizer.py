@@ -21,16 +21,17 @@ SHARPNESS = 10.0
 
 
 class Residual(nn.Module):
-    """x + conv(gelu(conv(gelu(norm(x)))))."""
+    """x + conv(gelu(conv(gelu(norm(x))))), normalised at each place alone, so that a tile looks the same in any frame."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.GroupNorm(1, width)
+        self.norm = nn.LayerNorm(width)
         self.inner = nn.Conv2d(width, width, 3, padding=1)
         self.outer = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        update: Tensor = self.outer(F.gelu(self.inner(F.gelu(self.norm(x)))))
+        normal = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        update: Tensor = self.outer(F.gelu(self.inner(F.gelu(normal))))
         return x + update
 
 
