@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 from conftest_cache import InProcess
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
+from tiny_denoisers import SCHEDULE, save_pipeline, tiny_sdxl
+from tiny_encoders import sdxl_text_encoders
 from video_run import FRAMES, SIDE, T_LIST, video_config, write_parts
 
 from raydistill.cache.build import build_inputs, build_signal
@@ -134,3 +137,31 @@ def test_a_teacher_is_trained_on_clips_and_shown_in_motion(in_process: InProcess
         run.publish(name, found.files[name])
         with Image.open(Path(run.path(name))) as animation:
             assert (animation.size, animation.n_frames) == ((SIDE, SIDE), FRAMES)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_sdxl_shaped_unet_becomes_a_student_of_few_steps(
+    in_process: InProcess, parts: Path, tmp_path: Path, steps: int
+) -> None:
+    network = tiny_sdxl(in_channels=3, out_channels=3)
+    save_pipeline(network, tmp_path / "sdxl", EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing"))
+    plain = video_config(parts, tmp_path, source={"frames": None}).model_dump(mode="json")
+    plain["source"]["text_encoders"] = sdxl_text_encoders(parts / "encoders")
+    times = [0.999, 0.5][:steps]
+    for model in (plain["teachers"][0]["model"], plain["student"]["model"]):
+        model["source"] = str(tmp_path / "sdxl")
+    plain["teachers"][0]["keep_t"] = times
+    plain["student"]["generator"] = {"t_list": [*times, 0.0]}
+    plain["phases"][0]["recipe"]["causal"] = False
+    _, found, run = trained(RunConfig.model_validate(plain))
+    line: Any = found.metrics["student"]
+    assert {f"mse_after/{k}" for k in range(1, steps + 1)} <= {*line}
+    assert line["frames_per_second"] == line["samples_per_second"]
+    shown: Any = found.samples
+    assert shown["kind"] == "images"
+    name = shown["samples"][0]["outputs"]["student"]
+    run.publish(name, found.files[name])
+    with Image.open(Path(run.path(name))) as image:
+        assert (image.format, image.size) == ("PNG", (SIDE, SIDE))
+    losses = [json.loads(text)["loss"] for text in run.read_text("metrics.jsonl").splitlines() if '"loss"' in text]
+    assert all(0 < loss < 100 for loss in losses)
