@@ -11,12 +11,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raydistill import errors
 from raydistill.config.models import DiffusersModel
 from raydistill.config.recipes import CausalConsistencyRecipe, SelfForcingRecipe
 from raydistill.config.schema import RunConfig, TeacherResources
@@ -90,10 +92,20 @@ class ScoreActor:
         keep_freed_memory()
         torch.set_num_threads(max(1, int(share.cpus)))
         self._device = torch.device("cuda" if share.gpus > 0 else "cpu")
-        self._score = LocalScore(asked.score())
+        self._asked = asked
 
-    def ready(self) -> None:
-        """Returns once the teacher is loaded."""
+    def ready(self) -> tuple[str, str] | None:
+        """Returns once the teacher is loaded, or the class and message of the `RaydistillError` that this raised: of
+        errors while an actor is made, Ray tells no more than their text."""
+        try:
+            _ = self._score
+        except RaydistillError as error:
+            return type(error).__name__, str(error)
+        return None
+
+    @cached_property
+    def _score(self) -> LocalScore:
+        return LocalScore(self._asked.score())
 
     def clean(
         self, x_t: np.ndarray, t: np.ndarray, batch: Mapping[str, np.ndarray], context: np.ndarray | None
@@ -150,24 +162,14 @@ def score_pool(job: PhaseJob) -> Iterator[None]:
     kind: Any = ray.remote(**options)(ScoreActor)
     actors = [kind.options(name=_name(job, i)).remote(asked, share) for i in range(size)]
     try:
-        try:
-            ray.get([actor.ready.remote() for actor in actors])
-        except ray.exceptions.RayError as error:
-            raise _own(error) from error
+        for failure in ray.get([actor.ready.remote() for actor in actors]):
+            if failure is not None:
+                kind_of_error, message = failure
+                raise getattr(errors, kind_of_error)(message)
         yield
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _own(error: BaseException) -> BaseException:
-    """The `RaydistillError` that an actor failed with, if it did."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, RaydistillError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
 
 
 def _pool_size(job: PhaseJob) -> int:

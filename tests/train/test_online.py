@@ -76,6 +76,19 @@ def test_an_actor_gives_the_bits_of_the_worker(pipeline: Path, attention: str) -
     assert all(p.requires_grad and p.dtype == torch.float32 for p in local.critic.parameters())
 
 
+def test_an_actor_says_what_keeps_its_teacher_from_being_loaded(pipeline: Path) -> None:
+    job = job_of(pipeline, real_score={**FAMILY, "source": str(pipeline / "nowhere")})
+    asked = asked_by(job.config, job.phase)
+    assert asked is not None
+    failure = ScoreActor(asked, job.config.resources.teacher).ready()
+    assert failure is not None
+    assert failure[0] == "DataError"
+    assert "nowhere" in failure[1]
+    known = asked_by(job_of(pipeline).config, job_of(pipeline).phase)
+    assert known is not None
+    assert ScoreActor(known, job.config.resources.teacher).ready() is None
+
+
 def test_a_phase_may_go_on_with_its_teacher_somewhere_else(pipeline: Path) -> None:
     assert job_of(pipeline, online="actors").settings() == job_of(pipeline).settings()
     assert job_of(pipeline, guidance_scale=2.0).settings() != job_of(pipeline).settings()
