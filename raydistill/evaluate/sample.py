@@ -21,13 +21,13 @@ from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, PromptsSource, VideosSource
 from raydistill.diffusion.draws import noise_of
 from raydistill.errors import ConfigError, DataError, RaydistillError
-from raydistill.sources.films import mp4
 from raydistill.evaluate.generate import png
 from raydistill.evaluate.job import device
 from raydistill.models.autoencoder import load_space
 from raydistill.models.denoiser import load_denoiser, process_of
 from raydistill.models.few_step import generate, seeded_noise
 from raydistill.models.text_encoder import TextEncoders
+from raydistill.sources.films import mp4
 from raydistill.storage import Store
 
 GENERATOR = "generator.json"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from raydistill.errors import ConfigError
 from raydistill.evaluate.convergence import converged
-from raydistill.sources.films import mp4, webp
 from raydistill.evaluate.motion import drift, motion
 from raydistill.evaluate.video_features import VideoExtractor, video_distance
+from raydistill.sources.films import mp4, webp
 
 
 def noise(videos: int, frames: int, seed: int = 0) -> Tensor:
