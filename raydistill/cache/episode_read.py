@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +20,7 @@ from raydistill.cache.episode_batch import clip_batch
 from raydistill.cache.joined import Joined
 from raydistill.cache.local import LocalFiles, Unpacked
 from raydistill.cache.samples import Indices
+from raydistill.errors import ConfigError
 from raydistill.signals import Batch, JsonValue, sample_seed
 from raydistill.storage import Store
 
@@ -30,7 +32,8 @@ class EpisodeDataset:
 
     A clip in which a share r of the steps acts and changes something is there 1 + `action_rich` · r times, rounded up
     or down by a number drawn from its row id, so that an epoch sees it as often on average. `fields` names the fields
-    to read of each teacher's signal. `max_rows` keeps that many clips, evenly spread over the split.
+    to read of each teacher's signal, `only` keeps the episodes in whose name that expression is found. `max_rows` keeps
+    that many clips, evenly spread over the split.
 
     Raises `CacheMismatch` when a signal was not made from these inputs or lacks a field, `SignalMismatch` when the rows
     of a shard are not those of its inputs, `VerificationFailed` when a cache is listed as damaged.
@@ -44,6 +47,7 @@ class EpisodeDataset:
         split: str,
         fields: Mapping[str, Sequence[str]],
         action_rich: float = 0.0,
+        only: str | None = None,
         max_rows: int | None = None,
         local_folder: Path | None = None,
     ):
@@ -53,23 +57,18 @@ class EpisodeDataset:
         self.signal_manifests = self._joined.signal_manifests
         self._fields = self._joined.fields
         shard, row, _ = self._joined.places(max_rows)
-        copies = self._copies(shard, row, action_rich) if action_rich else np.ones(len(shard), np.int64)
+        described = self._described() if action_rich or only is not None else []
+        if only is not None:
+            shard, row = _matching(only, shard, row, described)
+        copies = _copies(shard, row, described, action_rich) if action_rich else np.ones(len(shard), np.int64)
         self._shard, self._row = np.repeat(shard, copies), np.repeat(row, copies)
         self._local = LocalFiles(_mapped, suffix=".safetensors", folder=local_folder)
         self._checked: set[int] = set()
 
-    def _copies(self, shard: np.ndarray, row: np.ndarray, action_rich: float) -> np.ndarray:
+    def _described(self) -> list[dict[str, JsonValue]]:
+        """The descriptions of all shards of the split."""
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            described = list(pool.map(partial(read_description, self._joined.stores[""]), self._joined.names()))
-        found = []
-        for s, r in zip(shard.tolist(), row.tolist(), strict=True):
-            ids, rich = described[s]["row_ids"], described[s]["richness"]
-            assert isinstance(ids, list)
-            assert isinstance(rich, list)
-            wanted = 1 + action_rich * float(str(rich[r]))
-            draw = sample_seed(str(ids[r]), 0, "action_rich", 0) / 2**64
-            found.append(int(wanted) + (draw < wanted - int(wanted)))
-        return np.array(found, np.int64)
+            return list(pool.map(partial(read_description, self._joined.stores[""]), self._joined.names()))
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +135,39 @@ class EpisodeDataset:
         record = self._joined.records[source][shard]
         write = partial(self._joined.stores[source].fetch, record.name)
         return f"dense {record.sha256}", partial(Unpacked, record.bytes, write)
+
+
+def _matching(
+    only: str, shard: np.ndarray, row: np.ndarray, described: Sequence[Mapping[str, JsonValue]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clips of the episodes that the expression is found in the name of; `ConfigError` when there are none."""
+    names = [_episode(described[s], r) for s, r in zip(shard.tolist(), row.tolist(), strict=True)]
+    kept = np.array([re.search(only, name) is not None for name in names], np.bool_)
+    if not kept.any():
+        some = ", ".join(list(dict.fromkeys(names))[:3])
+        raise ConfigError(f"recipe.episodes: {only!r} is found in no name of {len(set(names))} episodes ({some}, …).")
+    return shard[kept], row[kept]
+
+
+def _episode(described: Mapping[str, JsonValue], row: int) -> str:
+    ids = described["row_ids"]
+    assert isinstance(ids, list)
+    return str(ids[row]).rpartition("@")[0]
+
+
+def _copies(
+    shard: np.ndarray, row: np.ndarray, described: Sequence[Mapping[str, JsonValue]], action_rich: float
+) -> np.ndarray:
+    """How often an epoch sees each clip."""
+    found = []
+    for s, r in zip(shard.tolist(), row.tolist(), strict=True):
+        ids, rich = described[s]["row_ids"], described[s]["richness"]
+        assert isinstance(ids, list)
+        assert isinstance(rich, list)
+        wanted = 1 + action_rich * float(str(rich[r]))
+        draw = sample_seed(str(ids[r]), 0, "action_rich", 0) / 2**64
+        found.append(int(wanted) + (draw < wanted - int(wanted)))
+    return np.array(found, np.int64)
 
 
 def _mapped(path: Path) -> tuple[DenseShard, int]:

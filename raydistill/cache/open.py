@@ -21,6 +21,7 @@ def open_dataset(
     split: str,
     fields: Mapping[str, Sequence[str]],
     max_rows: int | None = None,
+    only: str | None = None,
 ) -> Dataset | DenseDataset | EpisodeDataset:
     """The samples of one split with the `fields` of each teacher's signal; all classes are `Samples`."""
     match config.source:
@@ -28,6 +29,8 @@ def open_dataset(
             return Dataset(inputs, signals, split=split, fields=fields, max_rows=max_rows)
         case EpisodesSource(action_rich=action_rich):
             rich = action_rich if split == "train" else 0.0
-            return EpisodeDataset(inputs, signals, split=split, fields=fields, action_rich=rich, max_rows=max_rows)
+            return EpisodeDataset(
+                inputs, signals, split=split, fields=fields, action_rich=rich, only=only, max_rows=max_rows
+            )
         case ImagesSource() | VideosSource() | PromptsSource():
             return DenseDataset(inputs, signals, config.source.noise, split=split, fields=fields, max_rows=max_rows)

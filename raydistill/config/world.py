@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -265,6 +266,9 @@ class FeaturesRecipe(Config):
     """Temperature of both distributions over codes."""
     learn_from: Literal["episodes", "rollouts"] = "episodes"
     """Clips that are learnt from: the source's, or the ones that teachers of signal `rollout` made."""
+    episodes: str | None = None
+    """Regular expression, searched for in the names of episodes: learn from those alone, so that a fine-tuning phase
+    has the games that matter to itself. Null learns from all."""
     reconstruction: float = Field(default=0.0, ge=0)
     """Task: weight of what a tokenizer learns from (reconstruction, codebook and commitment); 0 leaves it alone."""
     prediction: float = Field(default=1.0, ge=0)
@@ -317,6 +321,15 @@ class FeaturesRecipe(Config):
                 "next_codes": self.next_codes or float(self.kl > 0 and self.prediction > 0),
             }
         )
+
+    @field_validator("episodes")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"wanted a regular expression, found {pattern!r}: {error}.") from error
+        return pattern
 
     @model_validator(mode="after")
     def _terms(self) -> Self:

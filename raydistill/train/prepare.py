@@ -22,7 +22,8 @@ from raydistill.config.checks import SIGNALS
 from raydistill.config.metrics import few_steps
 from raydistill.config.models import DiffusersModel
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
-from raydistill.config.world import EpisodesSource, WorldModel
+from raydistill.config.training import PhaseConfig
+from raydistill.config.world import EpisodesSource, FeaturesRecipe, WorldModel
 from raydistill.errors import ConfigError
 from raydistill.models.assemble import own_state
 from raydistill.models.student import load_student
@@ -148,7 +149,9 @@ def prepare(job: PhaseJob, device: torch.device) -> Prepared:
     recipe = make_recipe(phase.recipe, student, teachers, job.config.source, online)
     take_over(job.weights, recipe)
     stores = {name: Store(uri) for name, uri in job.signals.items()}
-    dataset = open_dataset(job.config, Store(job.inputs), stores, split="train", fields=recipe.reads)
+    dataset = open_dataset(
+        job.config, Store(job.inputs), stores, split="train", fields=recipe.reads, only=_episodes(phase)
+    )
     order = Order(
         dataset.shard_rows,
         seed=job.config.seed,
@@ -162,6 +165,11 @@ def prepare(job: PhaseJob, device: torch.device) -> Prepared:
     ema = Ema(engines["student"].masters, phase.ema) if phase.ema is not None else None
     checkpoints = Checkpoints(job.store / "checkpoints", phase.checkpoint.keep)
     return Prepared(job, recipe, engines, ema, dataset, sampler, num_steps, device, checkpoints, None)
+
+
+def _episodes(phase: PhaseConfig) -> str | None:
+    """The episodes that a phase learns from, as an expression; None for all."""
+    return phase.recipe.episodes if isinstance(phase.recipe, FeaturesRecipe) else None
 
 
 def make_engines(job: PhaseJob, recipe: Recipe[Config], num_steps: int, device: torch.device) -> dict[str, Engine]:

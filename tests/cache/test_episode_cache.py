@@ -17,7 +17,7 @@ from raydistill.cache.open import open_dataset
 from raydistill.cache.shards import publish_record
 from raydistill.cache.verify import check_inputs, check_signal, verify
 from raydistill.config.schema import RunConfig
-from raydistill.errors import CacheMismatch, SignalMismatch
+from raydistill.errors import CacheMismatch, ConfigError, SignalMismatch
 from raydistill.storage import Store
 
 
@@ -190,3 +190,16 @@ def test_a_seed_or_a_tap_makes_another_signal_and_the_weight_does_not(tmp_path: 
     assert after(weight=3.0) == before
     assert after(taps={"x": "encoder.latents"}) != before
     assert after(rank=2) != before
+
+
+def test_a_phase_may_learn_from_some_episodes_alone(tmp_path: Path) -> None:
+    config = toy(tmp_path)
+    inputs, _ = build_inputs(config)
+    whole = EpisodeDataset(inputs, {}, split="train", fields={})
+    name = whole.row_ids([0])[0].partition("@")[0]
+    some = open_dataset(config, inputs, {}, split="train", fields={}, only=f"^{name}$")
+    assert 0 < some.num_rows < whole.num_rows
+    assert {row.partition("@")[0] for row in some.row_ids(range(some.num_rows))} == {name}
+    assert sum(some.shard_rows) == some.num_rows
+    with pytest.raises(ConfigError, match=r"recipe\.episodes: 'platformers' is found in no name of"):
+        open_dataset(config, inputs, {}, split="train", fields={}, only="platformers")
