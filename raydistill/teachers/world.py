@@ -135,8 +135,3 @@ class Features:
     @property
     def _device(self) -> torch.device:
         return next(self._network.parameters()).device
-
-
-def model_of(teacher: Features) -> nn.Module:
-    """The world model behind a signal."""
-    return teacher._network
