@@ -130,6 +130,7 @@ def image_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path
     if config.export.weights != "ema":
         roles = {**roles, "student_ema": "its moving average"}
     teachers = [_teacher(t) for t in config.teachers]
+    renamed = {"samples_per_second": "samples per second"} if config.student.generator is not None else {}
     lines = {role: _flat(line) for role, line in lines_of(metrics, roles).items()}
     return rendered(
         CARD,
@@ -139,13 +140,13 @@ def image_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path
         origin=f"distilled from {' and '.join(t['source'] for t in teachers)}" if teachers else "trained",
         teachers=teachers,
         usage=_usage(config, folder),
-        space=_space(config),
+        space=_space(config) + _steps(config),
         data=_data(config),
         student=f"`{shown(config.student.model.source)}`, init {config.student.init.kind}",
         phases=[phase_line(p, _recipe(p.recipe), "draws") for p in config.phases],
         seed=config.seed,
         held_out=_held_out(metrics),
-        table=table("", _titles(lines), lines, roles) if lines else "Nothing was measured.",
+        table=table("", _titles(lines) | renamed, lines, roles) if lines else "Nothing was measured.",
         kind=(
             "samples to the teacher's from the same noise"
             if config.student.generator is not None
@@ -216,6 +217,22 @@ def _space(config: RunConfig) -> str:
         f"`{shown(e.source)}{f'/{e.subfolder}' if e.subfolder else ''}`" for e in source.text_encoders
     )
     return f"{what}, conditioned on captions as {encoders} encode them."
+
+
+def _steps(config: RunConfig) -> str:
+    """How a student of few steps makes samples; nothing for others."""
+    generator = config.student.generator
+    if generator is None:
+        return ""
+    times = ", ".join(f"{t:g}" for t in generator.t_list[:-1])
+    chunks = ""
+    if generator.causal is not None:
+        chunks = f", {generator.causal.chunk_frames} latent frames at a time, each seeing those before it"
+    return (
+        f" It makes a sample in {len(generator.t_list) - 1} step(s), at the times {times} (1 is noise){chunks}; "
+        "`generator.json` says the same. From the folder of the run: "
+        '`python -m raydistill.evaluate.sample RUN "a prompt"`.'
+    )
 
 
 def _data(config: RunConfig) -> str:
