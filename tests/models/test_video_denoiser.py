@@ -1,4 +1,4 @@
-"""Video transformers asked about [samples, channels, frames, height, width]: the same as diffusers' own pipelines ask."""
+"""Video transformers asked about [samples, channels, frames, height, width], as diffusers' own pipelines ask them."""
 
 from __future__ import annotations
 
