@@ -252,7 +252,7 @@ def _train(run: Run, asked: bool) -> None:
     for group in ("phases", "baseline") if run.has_baseline else ("phases",):
         for index, (phase, folder) in enumerate(run.phases(group)):
             weights = run.handed_over(group, index - 1, kind=phase.start_from) if index else None
-            result = train_phase(_phase_job(run, phase, folder, weights))
+            result = train_phase(_phase_job(run, phase, folder, weights), connect=partial(connect, run.config))
             tokens = f"{result.tokens:,} tokens, " if result.tokens else ""
             print(f"{folder}: {result.steps:,} steps, {tokens}{result.seconds:,.0f} s", flush=True)
 

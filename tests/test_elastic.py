@@ -16,7 +16,7 @@ from test_reliability import ENVIRONMENT, finish, free_port, losses, start, trai
 from toys import save_model, tiny_llama
 
 pytestmark = pytest.mark.slow
-STEPS = 1500
+STEPS = 600
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,18 @@ NOTICE_SECONDS = 5.0
 """Between two questions whether a node is to be taken away; clouds say so 30 to 120 seconds before."""
 
 
-def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Sequence[UserCallback] = ()) -> PhaseResult:
+def train_phase(
+    job: PhaseJob,
+    *,
+    connect: Callable[[], None] = lambda: None,
+    report: Report | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> PhaseResult:
     """Train one phase, from wherever an earlier attempt stopped; returns at once when it is done.
 
     Leaves `final/model.safetensors` (fp32; with averages also `final/ema.safetensors`) and, last, `final/phase.json` in
-    the phase's folder. With workers, Ray must be running; `callbacks` go to Ray Train. Without, `report` gets the
-    numbers of each logged step and evaluation.
+    the phase's folder. With workers, `connect` brings Ray up, when there is something to train, and `callbacks` go to
+    Ray Train. Without, `report` gets the numbers of each logged step and evaluation.
 
     Raises what workers raise, as long as it is a `RaydistillError`; `ConfigError` when the cluster is too small.
     """
@@ -60,10 +66,11 @@ def train_phase(job: PhaseJob, *, report: Report | None = None, callbacks: Seque
     if done is not None:
         return done
     resources = job.config.resources.train
-    with score_pool(job):
+    with score_pool(job, connect):
         if resources.workers == 0:
             progressed = run_worker(job, report or _nobody)
         else:
+            connect()
             require_room(resources, job.config.resources.cluster)
             progressed = _with_workers(job, callbacks)
     publish_final(job, progressed)

@@ -139,8 +139,8 @@ class ActorScore:
 
 
 @contextmanager
-def score_pool(job: PhaseJob) -> Iterator[None]:
-    """Actors that answer for the teacher of a phase, if it wants them, while the phase trains.
+def score_pool(job: PhaseJob, connect: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Actors that answer for the teacher of a phase, if it wants them, while the phase trains; `connect` brings Ray up.
 
     `ConfigError` when the cluster has no room for the fewest; a teacher that cannot be loaded raises what it raised.
     """
@@ -152,6 +152,7 @@ def score_pool(job: PhaseJob) -> Iterator[None]:
 
     from raydistill.cache.pool import require_cluster
 
+    connect()
     resources, share = job.config.resources, job.config.resources.teacher
     size = _pool_size(job)
     require_cluster("resources.teacher", size, share.cpus, share.gpus, share.accelerator, file=resources.cluster)
