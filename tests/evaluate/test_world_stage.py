@@ -17,7 +17,7 @@ from world_toys import PHASE, build_inputs, build_signal, run_config, small_worl
 from raydistill.config.schema import RunConfig
 from raydistill.errors import VerificationFailed
 from raydistill.evaluate import play
-from raydistill.evaluate.world_checklist import checklist
+from raydistill.evaluate.world_checklist import checklist, falls
 from raydistill.evaluate.world_metrics import Clips, clip_cosine, held_out_clips, make_validator
 from raydistill.evaluate.world_pictures import animation, strip
 from raydistill.evaluate.worlds import beside_teacher, feature_similarity, measured, swapped_actions, trained_probe
@@ -164,6 +164,21 @@ def test_a_failed_line_of_the_checklist_ends_with_status_three(tmp_path: Path) -
     with pytest.raises(VerificationFailed, match="generated frames are visually similar") as failed:
         advance(run, ("checklist",), asked=True)
     assert failed.value.exit_status == 3
+
+
+@pytest.mark.parametrize(
+    ("losses", "state"),
+    [
+        ([1.0 - 0.01 * i for i in range(40)], "pass"),
+        ([1.0 + 0.01 * i for i in range(40)], "fail"),
+        ([1.0, 0.5], "not measured here"),
+    ],
+)
+def test_a_loss_that_rises_fails_and_a_few_steps_do_not_tell(tmp_path: Path, losses: list[float], state: str) -> None:
+    config, store = run_config(tmp_path), Store(tmp_path)
+    lines = [json.dumps({"phase": "all", "step": i, "loss": loss}) for i, loss in enumerate(losses)]
+    store.publish("metrics.jsonl", "\n".join(lines))
+    assert falls(config, store).state == state
 
 
 def test_strips_and_animations_hold_every_frame() -> None:
