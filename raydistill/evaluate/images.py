@@ -13,8 +13,10 @@ from torch import nn
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.read import open_manifest
 from raydistill.config.schema import RunConfig
+from raydistill.config.sources import ImagesSource
 from raydistill.config.teachers import NoisePredictionTeacher
 from raydistill.diffusion.process import Process
+from raydistill.errors import ConfigError
 from raydistill.evaluate.comparison import compare
 from raydistill.evaluate.denoiser import (
     ALONE,
@@ -59,8 +61,17 @@ class Measured:
 
 
 def check_images(config: RunConfig) -> None:
-    """Raise what the stage would end with: missing files."""
-    images = config.evaluate.images
+    """Raise what the stage would end with: missing files, and measurements of images on videos."""
+    images, videos = config.evaluate.images, config.evaluate.videos
+    if videos.feature_extractor is not None:
+        extractor_file(videos.feature_extractor, key="evaluate.videos.feature_extractor")
+    moving = not isinstance(config.latents, ImagesSource) and config.latents.frames is not None
+    for key in ("feature_extractor", "clip_model"):
+        if moving and getattr(images, key) is not None:
+            raise ConfigError(
+                f"evaluate.images.{key}: looks at images, found a source of videos; remove it (videos have "
+                "evaluate.videos.feature_extractor)."
+            )
     if images.feature_extractor is not None:
         extractor_file(images.feature_extractor)
     if images.clip_model is not None:

@@ -22,6 +22,7 @@ from raydistill.cache.open import open_dataset
 from raydistill.cache.verify import verify
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError, DataError
+from raydistill.evaluate.stage import check_evaluation
 from raydistill.models.denoiser import load_denoiser, predict
 from raydistill.models.denoiser_agreement import check_denoisers
 from raydistill.sources.clips import read_clip
@@ -352,3 +353,10 @@ def test_clips_become_latents_of_a_video_autoencoder(in_process: InProcess, part
         raw = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mode()[0]
     mean, std = (torch.tensor(statistics[f"latents_{name}"]).view(-1, 1, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close(found, (raw - mean) / std, rtol=0, atol=1e-4)
+
+
+def test_measurements_of_images_on_videos_are_refused(parts: Path, tmp_path: Path) -> None:
+    evaluate = {"held_out": 0.4, "baseline": False, "images": {"clip_model": "x"}}
+    with pytest.raises(ConfigError, match=r"evaluate\.images\.clip_model: looks at images, found a source of videos"):
+        check_evaluation(video_config(parts, tmp_path, evaluate=evaluate))
+    check_evaluation(video_config(parts, tmp_path))
