@@ -318,7 +318,7 @@ class FeaturesRecipe(Config):
                 "attention": (),
                 "learn_from": "episodes",
                 "reconstruction": self.reconstruction or float(self.codes > 0),
-                "next_codes": self.next_codes or float(self.kl > 0 and self.prediction > 0),
+                "next_codes": self.next_codes or (self.kl if self.prediction > 0 else 0.0),
             }
         )
 
