@@ -21,7 +21,7 @@ SHARPNESS = 10.0
 
 
 class Residual(nn.Module):
-    """x + conv(gelu(conv(gelu(norm(x))))), normalised at each place alone, so that a tile looks the same in any frame."""
+    """x + conv(gelu(conv(gelu(norm(x))))), normalised at each place alone: a tile looks the same in any frame."""
 
     def __init__(self, width: int):
         super().__init__()
