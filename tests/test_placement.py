@@ -10,6 +10,7 @@ from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import PlanConfig, RunConfig
 from raydistill.errors import ConfigError
+from raydistill.pipeline import Run
 from raydistill.plan.placement import place, placement_table
 
 ROOT = Path(__file__).parents[1]
@@ -65,3 +66,18 @@ def test_prices_by_accelerator() -> None:
     assert PlanConfig(price_per_hour=3.0).price_of("L40S") == 3.0
     with pytest.raises(ValueError, match=r"price_per_hour: wanted more than 0, found 0 \(L40S\)"):
         PlanConfig(price_per_hour={"L40S": 0.0})
+
+
+def test_stages_cost_what_their_own_accelerator_costs(tmp_path: Path) -> None:
+    priced = config(
+        f"run_dir={tmp_path}", "resources.teacher.accelerator=L40S", "resources.train.accelerator=H100",
+        "plan.price_per_hour={L40S: 2.0, H100: 4.0}",
+    )  # fmt: skip
+    run = Run(priced)
+    run.stages = {
+        "inputs": {"seconds": 5.0},
+        "signals": {"seconds": 900.0, "gpu_seconds": 3600.0},
+        "train": {"seconds": 900.0, "gpu_seconds": 1800.0},
+    }
+    assert [run.cost(stage).get("price") for stage in ("inputs", "signals", "train")] == [None, 2.0, 2.0]
+    assert run.cost("signals") == {"seconds": 900.0, "gpu_seconds": 3600.0, "price": 2.0}
