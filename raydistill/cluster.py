@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import ray
 
+from raydistill import progress
 from raydistill.cache.board import measured_by_ray
 from raydistill.cache.pool import require_cluster
 from raydistill.config.paths import require_shared_folder
@@ -41,10 +42,11 @@ def connect(config: RunConfig) -> None:
 @contextmanager
 def session() -> Iterator[None]:
     """Leave (or stop) on exit the cluster that `connect` joined (or started) within."""
-    before = ray.is_initialized()
+    before, watchers = ray.is_initialized(), progress.watchers[:]
     try:
         yield
     finally:
+        progress.watchers[:] = watchers  # metrics of a cluster that is left have nowhere to go
         if not before and ray.is_initialized():
             ray.shutdown()
 

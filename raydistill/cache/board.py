@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from raydistill import progress
+from raydistill.cache.pool import beside_the_driver
 from raydistill.progress import Progress
 
 State = tuple[float, float, float | None, str, str]
@@ -42,7 +43,7 @@ class Watched:
     """In the driver: a board, and what is told there shown as if it happened here. A context manager."""
 
     def __init__(self) -> None:
-        self.board: Any = ray.remote(num_cpus=0)(Board).remote()
+        self.board: Any = beside_the_driver(Board)
         self._bars: dict[str, Progress] = {}
         self._stop = threading.Event()
 

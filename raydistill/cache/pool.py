@@ -165,6 +165,12 @@ class Guarded:
         return {"outcome": [json.dumps(outcome)]}
 
 
+def beside_the_driver(kind: type) -> Any:
+    """An actor of `kind` that takes no room, on the node of the driver, so that no other node takes it along."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=here)(kind).remote()
+
+
 class Tally:
     """Units of work done of each shard that is being worked on."""
 
@@ -187,7 +193,7 @@ class Ticker:
         self._shown = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self.tally: Any = ray.remote(num_cpus=0)(Tally).remote()
+        self.tally: Any = beside_the_driver(Tally)
 
     def __enter__(self) -> Ticker:
         self._thread = threading.Thread(target=self._run, daemon=True)
