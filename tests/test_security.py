@@ -67,7 +67,8 @@ def test_planted_credentials_of_the_environment_are_in_no_file_and_no_log(
     assert any(path.name == "config.json" for path in files)
     assert any(path.name == "log.txt" for path in files)
     for path in files:
-        assert b"planted" not in path.read_bytes(), path
+        found = [value for value in PLANTED.values() if value.encode() in path.read_bytes()]
+        assert not found, path
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/../../secret.safetensors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,9 @@ class Board:
     def show(self, label: str, state: State) -> None:
         """How far the work called `label` is."""
         self._states[label] = state
+
+    def heard(self) -> None:
+        """Answered when everything that the caller has told before has arrived."""
 
     def read(self) -> tuple[list[str], dict[str, State]]:
         """The lines since the last reading, and how far everything is."""
@@ -95,6 +99,8 @@ def tell(board: Any) -> Callable[[], None]:
     def end() -> None:
         progress.watchers.remove(show)
         progress.hearers.remove(say)
+        with contextlib.suppress(ray.exceptions.RayError):  # a driver that is gone hears nothing
+            ray.get(board.heard.remote(), timeout=60)
 
     return end
 

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+import ray
 
 from raydistill import progress
 from raydistill.cache.board import Board, tell
@@ -19,12 +20,14 @@ class Direct:
 
     def __init__(self) -> None:
         self.board = Board()
-        self.say, self.show = (type("Call", (), {"remote": staticmethod(f)}) for f in (self.board.say, self.board.show))
+        calls = (self.board.say, self.board.show, self.board.heard)
+        self.say, self.show, self.heard = (type("Call", (), {"remote": staticmethod(f)}) for f in calls)
 
 
 @pytest.fixture
-def direct() -> Iterator[Direct]:
+def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
     board = Direct()
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
     end = tell(board)
     yield board
     end()
@@ -58,8 +61,6 @@ def test_a_worker_tells_no_more_than_once_a_second(direct: Direct) -> None:
 
 @pytest.mark.slow
 def test_a_worker_of_ray_is_seen_in_the_drivers_log_and_in_rays_metrics(capsys: pytest.CaptureFixture[str]) -> None:
-    import ray
-
     from raydistill.cache.board import Watched, measured_by_ray
 
     with socket.socket() as probe:

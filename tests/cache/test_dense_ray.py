@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,15 @@ def build(config: RunConfig, **arguments: Any) -> Store:
 
 @pytest.fixture(scope="module")
 def wanted(unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of the signal as it is built without Ray."""
+    """The bytes of the signal as it is built without Ray, in a process in which nothing else was computed before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(built_without_ray, tmp_path_factory.mktemp("plain"), unet).result()
+
+
+def built_without_ray(folder: Path, unet: Path) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         map_in_process(patch)
-        return cache_bytes(build(configured(tmp_path_factory.mktemp("plain"), unet)))
+        return cache_bytes(build(configured(folder, unet)))
 
 
 @pytest.mark.parametrize("actors", [1, 3])
