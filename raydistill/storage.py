@@ -58,8 +58,7 @@ class Store:
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder `name` is there."""
-        found = self._patiently(lambda: self.filesystem.get_file_info(self.path(name)), f"look for {self.uri}/{name}")
-        return found.type != fs.FileType.NotFound
+        return self._info(name).type != fs.FileType.NotFound
 
     def names(self) -> list[str]:
         """Names of the files directly in this folder, sorted; leftovers of interrupted writes are not among them."""
@@ -69,8 +68,10 @@ class Store:
 
     def size(self, name: str) -> int:
         """Bytes of file `name`."""
-        info = self._patiently(lambda: self.filesystem.get_file_info(self.path(name)), f"look for {self.uri}/{name}")
-        return int(info.size)
+        return int(self._info(name).size)
+
+    def _info(self, name: str) -> fs.FileInfo:
+        return self._patiently(lambda: self.filesystem.get_file_info(self.path(name)), f"look for {self.uri}/{name}")
 
     def read(self, name: str) -> bytes:
         """Content of file `name`; `DataError` when it is missing or cannot be read."""
@@ -134,7 +135,8 @@ class Store:
 
         (What lies under `pyarrow.fs` tries every request three times by itself, within a second or two.)
         """
-        for seconds in RETRY_SECONDS:
+        pauses = iter(RETRY_SECONDS)
+        while True:
             try:
                 return act()
             except FileNotFoundError:
@@ -142,16 +144,13 @@ class Store:
             except OSError as error:
                 if self.is_local or _is_refusal(error):
                     raise
-                time.sleep(seconds)
-        try:
-            return act()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise StorageFailed(
-                f"cannot {what}, tried {len(RETRY_SECONDS) + 1} times: {error}. What is finished is kept; run the same "
-                "command again when the store answers."
-            ) from error
+                pause = next(pauses, None)
+                if pause is None:
+                    raise StorageFailed(
+                        f"cannot {what}, tried {len(RETRY_SECONDS) + 1} times: {error}. What is finished is kept; run "
+                        "the same command again when the store answers."
+                    ) from error
+            time.sleep(pause)
 
     def fetch(self, name: str, path: Path) -> None:
         """Have file `name` under a local path: a second name for it where that is possible, else a copy.

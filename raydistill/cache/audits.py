@@ -14,7 +14,7 @@ from raydistill.cache.audit import audit_rows, self_divergence
 from raydistill.cache.average import averaged, sources
 from raydistill.cache.codecs import codec_for
 from raydistill.cache.dense import read_dense
-from raydistill.cache.dense_audit import audit_draws, relative_rms
+from raydistill.cache.dense_audit import DenseAudit, audit_draws, relative_rms
 from raydistill.cache.dense_checks import noise_of_facts
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.shards import read_inputs, read_signal
@@ -113,10 +113,7 @@ def audit_denoiser(
         name: audit_draws(view, read_dense(inputs, name), read_dense(store, name), noise, chosen)
         for name, chosen in sample.items()
     }
-    faults = {name: wrong for name, audit in found.items() if (wrong := audit.wrong(config.cache.audit_tolerance))}
-    mean, largest = np.mean([a.mean_difference for a in found.values()]), max(a.largest for a in found.values())
-    draws = sum(audit.draws for audit in found.values())
-    return Audits(faults, f"audit of {draws} draws: relative rms difference mean {mean:.1e}, largest {largest:.1e}")
+    return _judged(config, found, "draws")
 
 
 def audit_world(
@@ -131,10 +128,15 @@ def audit_world(
     """A signal of a world model: the same frames, codes, logits and taps, by their relative rms difference."""
     view = factory(teacher, int(str(manifest.facts["clip_frames"])))
     found = {n: audit_clips(view, read_dense(inputs, n), read_dense(store, n), rows) for n, rows in sample.items()}
+    return _judged(config, found, "clips")
+
+
+def _judged(config: RunConfig, found: Mapping[str, DenseAudit], unit: str) -> Audits:
+    """What dense shards differ by, in words, and those that differ by more than the configured tolerance."""
     faults = {name: wrong for name, audit in found.items() if (wrong := audit.wrong(config.cache.audit_tolerance))}
     mean, largest = np.mean([a.mean_difference for a in found.values()]), max(a.largest for a in found.values())
-    clips = sum(audit.draws for audit in found.values())
-    return Audits(faults, f"audit of {clips} clips: relative rms difference mean {mean:.1e}, largest {largest:.1e}")
+    count = sum(audit.draws for audit in found.values())
+    return Audits(faults, f"audit of {count} {unit}: relative rms difference mean {mean:.1e}, largest {largest:.1e}")
 
 
 def audit_average(

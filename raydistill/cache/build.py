@@ -26,7 +26,7 @@ from raydistill.cache.episode_inputs import build_episode_inputs
 from raydistill.cache.image_inputs import build_image_inputs
 from raydistill.cache.ledger import Ledger, is_described, read_description
 from raydistill.cache.manifest import Manifest
-from raydistill.cache.pool import Worker, map_over_actors, map_shards, require_cluster
+from raydistill.cache.pool import Worker, map_over_actors, map_shards, require_cluster, require_teachers
 from raydistill.cache.prompt_inputs import build_prompt_inputs
 from raydistill.cache.signal_job import Previews, SignalJob, TeacherFactory
 from raydistill.cache.text_inputs import build_text_inputs
@@ -94,10 +94,7 @@ def build_signal(
         return store, finished
     connect()
     wanted = config.resources.teacher
-    require_cluster(
-        "resources.teacher", wanted.actors[0], wanted.cpus, wanted.gpus, wanted.accelerator,
-        file=config.resources.cluster,
-    )  # fmt: skip
+    require_teachers(config.resources)
     make: Callable[[SignalJob, Any], Worker]
     noise: NoiseConfig | None
     repeated: tuple[str, ...]

@@ -80,9 +80,9 @@ def dense_signal_fault(
     """Levels 2 and 3 of a signal shard of denoisers."""
     try:
         shard = read_dense(store, record.name)
-        beside = _inputs_of(inputs, record.name)
+        beside = inputs_of(inputs, record.name)
         return (
-            (_rows_fault(shard, beside, record) if beside else None)
+            (rows_fault(shard, beside, record, changed="image or caption have") if beside else None)
             or _schema_fault(shard, beside, record, fields, facts)
             or finiteness_fault(shard)
             or (noise_fault(shard, beside, facts) if beside else None)
@@ -91,14 +91,16 @@ def dense_signal_fault(
         return str(error)
 
 
-def _inputs_of(inputs: Store, name: str) -> DenseShard | None:
+def inputs_of(inputs: Store, name: str) -> DenseShard | None:
+    """The inputs of a signal shard; None when they are damaged, which is not the signal's fault."""
     try:
         return read_dense(inputs, name)
     except DataError:
         return None  # the damage is the inputs'
 
 
-def _rows_fault(shard: DenseShard, inputs: DenseShard, record: ShardRecord) -> str | None:
+def rows_fault(shard: DenseShard, inputs: DenseShard, record: ShardRecord, *, changed: str) -> str | None:
+    """Rows that are not those of the inputs; `changed` says what the row_sha are of."""
     if shard.row_ids != inputs.row_ids:
         if sorted(shard.row_ids) == sorted(inputs.row_ids):
             return "the rows are in another order than the inputs"
@@ -106,9 +108,7 @@ def _rows_fault(shard: DenseShard, inputs: DenseShard, record: ShardRecord) -> s
     wanted, found = inputs.texts("row_sha"), shard.texts("row_sha")
     if wanted != found:
         row = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), 0)
-        return (
-            f"image or caption have changed since the teacher saw them (row {shard.row_ids[row]}): the signal is stale"
-        )
+        return f"{changed} changed since the teacher saw them (row {shard.row_ids[row]}): the signal is stale"
     if shard.rows != record.rows:
         return "the number of rows differs from its record"
     return None

@@ -7,7 +7,7 @@ noise is refused, never trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raydistill.cache.dense import DenseShard, read_description
 from raydistill.cache.dense_batch import Draw, denoiser_batch, noise_hashes, stacked
-from raydistill.cache.joined import Joined
+from raydistill.cache.joined import Joined, OpenShards
 from raydistill.cache.local import LocalFiles, Unpacked
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.samples import Indices
@@ -69,8 +69,7 @@ class DenseDataset:
         for teacher, manifest in self.signal_manifests.items():
             require_same_noise(manifest.facts, noise, where=self._joined.stores[teacher].uri)
         self._shard, self._row, _ = self._joined.places(max_rows)
-        self._local = LocalFiles(_mapped, suffix=".safetensors", folder=local_folder, limit_bytes=local_bytes)
-        self._checked: set[int] = set()
+        self._shards = dense_shards(self._joined, folder=local_folder, limit_bytes=local_bytes)
 
     @property
     def num_rows(self) -> int:
@@ -145,30 +144,29 @@ class DenseDataset:
 
     def unpack(self, shard: int) -> None:
         """Have a shard on the local disk by the time its samples are asked for."""
-        for source in self._joined.stores:
-            self._local.unpack(*self._key(source, shard))
+        self._shards.unpack(shard)
 
     def _draw(self, index: int) -> tuple[Draw, dict[str, DenseShard]]:
         row, draw = divmod(int(index), self.draws_per_row)
-        opened = self._open(int(self._shard[row]))
+        opened = self._shards.open(int(self._shard[row]))
         return Draw(opened[""], int(self._row[row]), draw), opened
 
-    def _open(self, shard: int) -> dict[str, DenseShard]:
-        """The inputs (under `""`) and the signals of a shard, checked against each other when first opened."""
-        opened = {source: self._local.get(*self._key(source, shard)) for source in self._joined.stores}
-        if shard not in self._checked:
-            for teacher in self._fields:
-                require_same_rows(opened[""], opened[teacher], where=self._joined.where(teacher, shard))
-            self._checked.add(shard)
-        return opened
 
-    def _key(self, source: str, shard: int) -> tuple[str, partial[Unpacked]]:
-        record = self._joined.records[source][shard]
-        write = partial(self._joined.stores[source].fetch, record.name)
+def dense_shards(
+    joined: Joined, *, folder: Path | None = None, limit_bytes: int | None = None
+) -> OpenShards[DenseShard, Unpacked]:
+    """The dense shards of `joined`, with what the local disk has of them in `folder`."""
+
+    def key(source: str, shard: int) -> tuple[str, Callable[[], Unpacked]]:
+        record = joined.records[source][shard]
+        write = partial(joined.stores[source].fetch, record.name)
         return f"dense {record.sha256}", partial(Unpacked, record.bytes, write)
 
+    local = LocalFiles(_mapped, suffix=".safetensors", folder=folder, limit_bytes=limit_bytes)
+    return OpenShards(joined, local, key, require_same_rows)
 
-def require_same_rows(inputs: DenseShard, signal: DenseShard, *, where: str) -> None:
+
+def require_same_rows(inputs: DenseShard, signal: DenseShard, where: str) -> None:
     """Raise `SignalMismatch` unless a signal shard has the rows of its inputs shard, with the content they have."""
     for name in ("row_ids", "row_sha"):
         wanted, found = inputs.texts(name), signal.texts(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from raydistill.cache.dense import DenseShard, read_dense
-from raydistill.cache.dense_checks import finiteness_fault
+from raydistill.cache.dense_checks import finiteness_fault, inputs_of, rows_fault
 from raydistill.cache.episode_inputs import clip_sha
 from raydistill.cache.manifest import FieldRecord, ShardRecord
 from raydistill.errors import DataError
@@ -46,31 +46,15 @@ def world_signal_fault(
 ) -> str | None:
     """Levels 2 and 3 of a signal shard of a world model: rows, content, schema, finiteness."""
     try:
-        shard = read_dense(store, record.name)
+        shard, beside = read_dense(store, record.name), inputs_of(inputs, record.name)
         return (
-            _rows_fault(shard, record, inputs)
+            (rows_fault(shard, beside, record, changed="frames or actions") if beside else None)
             or _schema_fault(shard, record, fields)
             or finiteness_fault(shard)
             or _trajectory_fault(shard, record, inputs)
         )
     except DataError as error:
         return str(error)
-
-
-def _rows_fault(shard: DenseShard, record: ShardRecord, inputs: Store) -> str | None:
-    try:
-        beside = read_dense(inputs, record.name)
-    except DataError:
-        return None  # the damage is the inputs'
-    if shard.row_ids != beside.row_ids:
-        if sorted(shard.row_ids) == sorted(beside.row_ids):
-            return "the rows are in another order than the inputs"
-        return f"its {shard.rows:,} row ids are not those of the inputs ({beside.rows:,} rows)"
-    wanted, found = beside.texts("row_sha"), shard.texts("row_sha")
-    if wanted != found:
-        row = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), 0)
-        return f"frames or actions changed since the teacher saw them (row {shard.row_ids[row]}): the signal is stale"
-    return None if shard.rows == record.rows else "the number of rows differs from its record"
 
 
 def _schema_fault(shard: DenseShard, record: ShardRecord, fields: Mapping[str, FieldRecord]) -> str | None:

@@ -59,7 +59,7 @@ def build_episode_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
     if source.environment is not None:
         require_game(source.environment, source.num_actions)
     share = config.resources.teacher.model_copy(update={"gpus": 0.0, "accelerator": None})
-    require_cluster("resources.teacher", share.actors[0], share.cpus)
+    require_cluster("resources.teacher", share.actors[0], share.cpus, file=config.resources.cluster)
     shards = plan_episodes(source, config.evaluate.held_out)
     old = ledger.manifest
     pending = ledger.pending([*shards])

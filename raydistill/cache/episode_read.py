@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from raydistill.cache.dense import DenseShard, read_description
+from raydistill.cache.dense import read_description
 from raydistill.cache.dense_batch import stacked
-from raydistill.cache.dense_read import require_same_rows
+from raydistill.cache.dense_read import dense_shards
 from raydistill.cache.episode_batch import clip_batch
 from raydistill.cache.joined import Joined
-from raydistill.cache.local import LocalFiles, Unpacked
 from raydistill.cache.samples import Indices
 from raydistill.errors import ConfigError
 from raydistill.signals import Batch, JsonValue, sample_seed
@@ -62,8 +61,7 @@ class EpisodeDataset:
             shard, row = _matching(only, shard, row, described)
         copies = _copies(shard, row, described, action_rich) if action_rich else np.ones(len(shard), np.int64)
         self._shard, self._row = np.repeat(shard, copies), np.repeat(row, copies)
-        self._local = LocalFiles(_mapped, suffix=".safetensors", folder=local_folder)
-        self._checked: set[int] = set()
+        self._shards = dense_shards(self._joined, folder=local_folder)
 
     def _described(self) -> list[dict[str, JsonValue]]:
         """The descriptions of all shards of the split."""
@@ -102,11 +100,11 @@ class EpisodeDataset:
 
     def row_ids(self, indices: Indices) -> list[str]:
         """Ids of clips: `<episode>@<first frame>`."""
-        return [self._open(int(self._shard[i]))[""].row_ids[self._row[i]] for i in indices]
+        return [self._shards.open(int(self._shard[i]))[""].row_ids[self._row[i]] for i in indices]
 
     def batch(self, indices: Indices) -> dict[str, Tensor]:
         """Clips as `clip_batch` gives them, with `"<teacher>/<field>"` [B, …] in the dtype in which it is stored."""
-        opened = [(self._open(int(self._shard[i])), int(self._row[i])) for i in indices]
+        opened = [(self._shards.open(int(self._shard[i])), int(self._row[i])) for i in indices]
         batch = clip_batch([(shards[""], row) for shards, row in opened])
         for teacher, names in self._fields.items():
             for name in names:
@@ -119,22 +117,7 @@ class EpisodeDataset:
 
     def unpack(self, shard: int) -> None:
         """Have a shard on the local disk by the time its samples are asked for."""
-        for source in self._joined.stores:
-            self._local.unpack(*self._key(source, shard))
-
-    def _open(self, shard: int) -> dict[str, DenseShard]:
-        """The inputs (under `""`) and the signals of a shard, checked against each other when first opened."""
-        opened = {source: self._local.get(*self._key(source, shard)) for source in self._joined.stores}
-        if shard not in self._checked:
-            for teacher in self._fields:
-                require_same_rows(opened[""], opened[teacher], where=self._joined.where(teacher, shard))
-            self._checked.add(shard)
-        return opened
-
-    def _key(self, source: str, shard: int) -> tuple[str, partial[Unpacked]]:
-        record = self._joined.records[source][shard]
-        write = partial(self._joined.stores[source].fetch, record.name)
-        return f"dense {record.sha256}", partial(Unpacked, record.bytes, write)
+        self._shards.unpack(shard)
 
 
 def _matching(
@@ -168,7 +151,3 @@ def _copies(
         draw = sample_seed(str(ids[r]), 0, "action_rich", 0) / 2**64
         found.append(int(wanted) + (draw < wanted - int(wanted)))
     return np.array(found, np.int64)
-
-
-def _mapped(path: Path) -> tuple[DenseShard, int]:
-    return DenseShard(path), path.stat().st_size

@@ -12,7 +12,7 @@ from raydistill.cache.image_encode import EncodeWorker
 from raydistill.cache.image_index import IndexWorker, plan_shards, publish_plan, publish_tasks, staged_unit, unit_file
 from raydistill.cache.ledger import Ledger, changed_hashes, is_described, read_description
 from raydistill.cache.manifest import Manifest
-from raydistill.cache.pool import map_over_actors, map_shards, require_cluster
+from raydistill.cache.pool import map_over_actors, map_shards, require_teachers
 from raydistill.cache.shards import read_records
 from raydistill.cache.staging import STAGING
 from raydistill.config.schema import RunConfig
@@ -35,9 +35,7 @@ def build_image_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
     many unusable images, `ConfigError` for what cannot be encoded.
     """
     source, store, share = config.images, ledger.store, config.resources.teacher
-    require_cluster(
-        "resources.teacher", share.actors[0], share.cpus, share.gpus, share.accelerator, file=config.resources.cluster
-    )
+    require_teachers(config.resources)
     old = ledger.manifest
     staging = store / STAGING
     tables, lost = _indexed(config, staging)

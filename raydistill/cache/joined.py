@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -11,6 +13,11 @@ from raydistill.cache.ledger import DAMAGED, MANIFEST
 from raydistill.cache.manifest import Manifest, ShardRecord, parse_manifest
 from raydistill.errors import CacheMismatch, VerificationFailed
 from raydistill.storage import Store
+
+V = TypeVar("V")
+M = TypeVar("M")
+Seen = TypeVar("Seen", covariant=True)
+Made = TypeVar("Made", contravariant=True)
 
 
 def open_manifest(store: Store) -> Manifest:
@@ -22,6 +29,16 @@ def open_manifest(store: Store) -> Manifest:
         state = f"is not finished: it has no {MANIFEST}" if store.exists() else "does not exist"
         raise CacheMismatch(f"the cache {store.uri} {state}. Run --stages inputs,signals, which completes it.")
     return parse_manifest(store.read(MANIFEST), where=f"{store.uri}/{MANIFEST}")
+
+
+class Local(Protocol[Seen, Made]):
+    """Files by key on the local disk, made on demand (`LocalFiles`, `LocalShards`)."""
+
+    def get(self, key: str, make: Callable[[], Made], /) -> Seen:
+        """What a reader keeps of the file."""
+
+    def unpack(self, key: str, make: Callable[[], Made], /) -> Path:
+        """The file."""
 
 
 class Joined:
@@ -70,6 +87,38 @@ class Joined:
             return shard, row, slice(None)
         kept = np.arange(max_rows) * len(shard) // max_rows
         return shard[kept], row[kept], kept
+
+
+class OpenShards(Generic[V, M]):
+    """The shards of `joined` on the local disk, mapped: the inputs (under `""`) and the signals, as one.
+
+    `key` gives the name of a file in `local` for a source and a shard, and what makes the file; `check` gets inputs and
+    a signal, and where that is, when they are first opened.
+    """
+
+    def __init__(
+        self,
+        joined: Joined,
+        local: Local[V, M],
+        key: Callable[[str, int], tuple[str, Callable[[], M]]],
+        check: Callable[[V, V, str], None],
+    ):
+        self._joined, self._local, self._key, self._check = joined, local, key, check
+        self._checked: set[int] = set()
+
+    def unpack(self, shard: int) -> None:
+        """Have a shard on the local disk by the time it is opened."""
+        for source in self._joined.stores:
+            self._local.unpack(*self._key(source, shard))
+
+    def open(self, shard: int) -> dict[str, V]:
+        """Inputs and signals of a shard, which belong together."""
+        opened = {source: self._local.get(*self._key(source, shard)) for source in self._joined.stores}
+        if shard not in self._checked:
+            for teacher in self._joined.fields:
+                self._check(opened[""], opened[teacher], self._joined.where(teacher, shard))
+            self._checked.add(shard)
+        return opened
 
 
 def sound_manifest(store: Store, kind: str) -> Manifest:

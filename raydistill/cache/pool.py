@@ -17,7 +17,7 @@ import ray
 
 from raydistill import errors
 from raydistill.config.nodes import NodeType, node_types, places, require_places
-from raydistill.config.schema import TeacherResources
+from raydistill.config.schema import ResourcesConfig, TeacherResources
 from raydistill.errors import RaydistillError
 from raydistill.memory import keep_freed_memory
 from raydistill.progress import Progress
@@ -51,6 +51,15 @@ def require_cluster(
     else:
         types = tuple(NodeType("", node["Resources"], 1) for node in ray.nodes() if node["Alive"])
     require_places(types, key, count, cpus, gpus, accelerator, file=file, what=what, remedy=remedy)
+
+
+def require_teachers(resources: ResourcesConfig, count: int | None = None) -> None:
+    """`require_cluster` for `count` actors of `resources.teacher`; by default the fewest that it names."""
+    share = resources.teacher
+    require_cluster(
+        "resources.teacher", share.actors[0] if count is None else count, share.cpus, share.gpus, share.accelerator,
+        file=resources.cluster,
+    )  # fmt: skip
 
 
 def room(cpus: float, gpus: float = 0, accelerator: str | None = None) -> int:

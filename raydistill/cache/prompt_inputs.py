@@ -16,7 +16,7 @@ from raydistill.cache.image_encode import encoded_text, require_finite, text_fie
 from raydistill.cache.image_index import SPLITS, ShardPlan, publish_plan, read_plan
 from raydistill.cache.ledger import Ledger, changed_hashes, is_described, read_description, write_description
 from raydistill.cache.manifest import Manifest
-from raydistill.cache.pool import map_shards, require_cluster
+from raydistill.cache.pool import map_shards, require_teachers
 from raydistill.cache.shards import field_records, publish_record, read_records
 from raydistill.cache.staging import STAGING
 from raydistill.config.schema import RunConfig
@@ -90,7 +90,7 @@ def build_prompt_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
     """Build what the ledger's cache lacks and finish it. Raises as `read_prompts` and `TextEncoders`."""
     assert isinstance(config.source, PromptsSource), "the caller dispatches by the kind of the source"
     source, store, share = config.source, ledger.store, config.resources.teacher
-    require_cluster("resources.teacher", share.actors[0], share.cpus, share.gpus, share.accelerator)
+    require_teachers(config.resources)
     old, staging = ledger.manifest, store / STAGING
     prompts = read_prompts(source, config.evaluate.held_out)
     plan = _plan(prompts, source)

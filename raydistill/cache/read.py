@@ -19,7 +19,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from raydistill.cache.batches import InputRow, collate
-from raydistill.cache.joined import Joined, open_manifest
+from raydistill.cache.joined import Joined, OpenShards, open_manifest
 from raydistill.cache.local import LocalShards
 from raydistill.cache.shards import decode_planes, read_counts, read_table
 from raydistill.errors import CacheMismatch, SignalMismatch
@@ -60,8 +60,8 @@ class Dataset:
         self.signal_manifests = self._joined.signal_manifests
         self._fields = self._joined.fields
         self._shard, self._row, self._kept = self._joined.places(max_rows)
-        self._local = LocalShards(MappedShard, folder=local_folder, limit_bytes=local_bytes)
-        self._checked: set[int] = set()
+        local = LocalShards(MappedShard, folder=local_folder, limit_bytes=local_bytes)
+        self._shards = OpenShards(self._joined, local, self._key, _require_same)
 
     @property
     def num_rows(self) -> int:
@@ -109,14 +109,14 @@ class Dataset:
 
     def row_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """Ids of rows."""
-        return [self._open(int(self._shard[i]))[""].row_id(int(self._row[i])) for i in indices]
+        return [self._shards.open(int(self._shard[i]))[""].row_id(int(self._row[i])) for i in indices]
 
     def batch(self, indices: Sequence[int] | np.ndarray, *, pad_to: int | None = None) -> dict[str, Tensor]:
         """Rows as one batch, right-padded to the longest of them or to `pad_to` tokens.
 
         Besides what `collate` gives, `"<teacher>/<field>"` [B, S, ...] in the field's dtype, zero outside `target`.
         """
-        shards = [self._open(int(self._shard[i])) for i in indices]
+        shards = [self._shards.open(int(self._shard[i])) for i in indices]
         rows = [int(self._row[i]) for i in indices]
         batch = collate([shard[""].input_row(row) for shard, row in zip(shards, rows, strict=True)], pad_to=pad_to)
         target = np.flatnonzero(batch["target"].numpy())
@@ -132,17 +132,7 @@ class Dataset:
 
     def unpack(self, shard: int) -> None:
         """Have a shard on the local disk by the time its rows are asked for."""
-        for source in self._joined.stores:
-            self._local.unpack(*self._key(source, shard))
-
-    def _open(self, shard: int) -> dict[str, MappedShard]:
-        """The inputs (under `""`) and the signals of a shard, checked against each other when first opened."""
-        opened = {source: self._local.get(*self._key(source, shard)) for source in self._joined.stores}
-        if shard not in self._checked:
-            for teacher in self._fields:
-                _require_same(opened[""], opened[teacher], where=self._joined.where(teacher, shard))
-            self._checked.add(shard)
-        return opened
+        self._shards.unpack(shard)
 
     def _key(self, source: str, shard: int) -> tuple[str, partial[pa.Table]]:
         record = self._joined.records[source][shard]
@@ -237,7 +227,7 @@ def without_targets(batch: Batch) -> dict[str, Tensor]:
     return {n: torch.zeros_like(t) if n in silent or "/" in n else t for n, t in batch.items()}
 
 
-def _require_same(inputs: MappedShard, signal: MappedShard, *, where: str) -> None:
+def _require_same(inputs: MappedShard, signal: MappedShard, where: str) -> None:
     """Raise `SignalMismatch` unless a signal shard has the rows, tokens and target counts of its inputs shard."""
     for name in ("row_id", "tokens_sha", "num_targets"):
         wanted, found = inputs.columns[name], signal.columns[name]

@@ -109,7 +109,25 @@ class NoisePredictionRecipe(Config):
         return self
 
 
-class TrajectoryRecipe(Config):
+class OneForm(Config):
+    """A recipe that has no other form without a teacher: nothing of it would be left, or it reads no signal anyway."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the recipe reads a teacher's signal."""
+        return False
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether there is a form without a teacher."""
+        return False
+
+    def without_teacher(self) -> Self:
+        """The same recipe."""
+        return self
+
+
+class TrajectoryRecipe(OneForm):
     """`½ ‖f(x_t, t) - x0‖²` between a student's clean prediction and the teacher's sample, at kept states of its path.
 
     t is one of the times of `student.generator.t_list`. Luhman & Luhman 2021, arXiv 2101.02388; chunk by chunk, Yin et
@@ -129,15 +147,6 @@ class TrajectoryRecipe(Config):
         """Whether the recipe reads a teacher's signal."""
         return True
 
-    @property
-    def learns_alone(self) -> bool:
-        """Whether there is a form without a teacher."""
-        return False
-
-    def without_teacher(self) -> Self:
-        """The same recipe: there is nothing to learn but the samples of a teacher."""
-        return self
-
 
 class GanConfig(Config):
     """Heads on frozen features of the real score that tell its data from the student's samples."""
@@ -152,7 +161,7 @@ class GanConfig(Config):
     """Noise by which the penalty shifts real data."""
 
 
-class SelfForcingRecipe(Config):
+class SelfForcingRecipe(OneForm):
     """A causal student on its own rollouts: its samples are drawn towards the distribution of the real score.
 
     Huang et al. 2025, arXiv 2506.08009; Yin et al. 2024, arXiv 2405.14867 (distribution matching).
@@ -188,22 +197,8 @@ class SelfForcingRecipe(Config):
             raise ValueError("gan: the heads read features of a teacher in the worker; set online: local, or no gan.")
         return self
 
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether the recipe reads a teacher's signal."""
-        return False
 
-    @property
-    def learns_alone(self) -> bool:
-        """Whether there is a form without a teacher."""
-        return False
-
-    def without_teacher(self) -> Self:
-        """The same recipe: there is nothing to learn without the real score."""
-        return self
-
-
-class CausalConsistencyRecipe(Config):
+class CausalConsistencyRecipe(OneForm):
     """Consistency distillation of a causal student on clips, without stored trajectories.
 
     At each chunk, with clean chunks before it, `f(x_t, t)` is drawn towards `f(x_s, s)`, where the teacher leads from t
@@ -225,22 +220,8 @@ class CausalConsistencyRecipe(Config):
     shift: float = Field(default=5.0, gt=0)
     """The even grid is shifted towards noise: `s t / (1 + (s - 1) t)`."""
 
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether the recipe reads a teacher's signal."""
-        return False
 
-    @property
-    def learns_alone(self) -> bool:
-        """Whether there is a form without a teacher."""
-        return False
-
-    def without_teacher(self) -> Self:
-        """The same recipe: there is nothing to learn without the teacher's steps."""
-        return self
-
-
-class TeacherForcingRecipe(Config):
+class TeacherForcingRecipe(OneForm):
     """Plain diffusion training of a causal video model: each chunk is denoised beside the clean chunks before it.
 
     It makes an autoregressive teacher of a bidirectional one. Source: arXiv 2602.02214.
@@ -251,18 +232,9 @@ class TeacherForcingRecipe(Config):
     """Times are drawn evenly for each chunk and shifted towards noise: `s t / (1 + (s - 1) t)`."""
 
     @property
-    def uses_teacher(self) -> bool:
-        """Whether the recipe reads a teacher's signal."""
-        return False
-
-    @property
     def learns_alone(self) -> bool:
         """Whether there is a form without a teacher."""
         return True
-
-    def without_teacher(self) -> Self:
-        """The same recipe, which reads no teacher."""
-        return self
 
 
 RecipeConfig = Annotated[

@@ -123,10 +123,6 @@ class Checkpoints:
         while self._sending:
             self._sending.pop().result()
 
-    def clear(self) -> None:
-        """Remove what belongs to no complete checkpoint; for one rank, before any of them saves."""
-        self._sweep()
-
     @cached_property
     def _sender(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="raydistill-checkpoint")
@@ -151,7 +147,7 @@ class Checkpoints:
         self.store.publish(_marker(progressed.step), progressed.model_dump_json(indent=1))
         for step in self._steps()[: -self.keep]:
             self.store.delete(_marker(step))  # first, so that half a checkpoint is never taken for one
-        self._sweep()
+        self.clear()
 
     def load(self, progressed: Progressed, engines: Mapping[str, Engine], ema: Ema | None) -> None:
         """Bring this rank's share of the state of a checkpoint into the engines, whatever number of ranks wrote it."""
@@ -182,8 +178,11 @@ class Checkpoints:
         names = [n for n in self.store.names() if n.startswith("step-") and n.endswith(".json")]
         return sorted(int(n.removeprefix("step-").removesuffix(".json")) for n in names)
 
-    def _sweep(self) -> None:
-        """Remove folders that belong to no complete checkpoint: dropped ones, and those a killed run left behind."""
+    def clear(self) -> None:
+        """Remove folders that belong to no complete checkpoint: dropped ones, and those a killed run left behind.
+
+        For one rank, while no other is saving.
+        """
         kept = {_folder(step) for step in self._steps()}
         selector = fs.FileSelector(self.store.root, allow_not_found=True)
         for info in self.store.filesystem.get_file_info(selector):

@@ -150,12 +150,12 @@ def score_pool(job: PhaseJob, connect: Callable[[], None] = lambda: None) -> Ite
         return
     import ray
 
-    from raydistill.cache.pool import require_cluster
+    from raydistill.cache.pool import require_teachers
 
     connect()
-    resources, share = job.config.resources, job.config.resources.teacher
+    share = job.config.resources.teacher
     size = _pool_size(job)
-    require_cluster("resources.teacher", size, share.cpus, share.gpus, share.accelerator, file=resources.cluster)
+    require_teachers(job.config.resources, size)
     logging.getLogger("ray").setLevel(logging.WARNING)
     options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 3, "max_task_retries": 3}
     if share.accelerator:
