@@ -255,6 +255,21 @@ def test_an_image_run_shows_every_model_beside_its_teachers(tmp_path: Path) -> N
     assert not re.search(r"\bnan\b", page)
 
 
+@pytest.mark.parametrize(("weights", "role"), [("weights", "student"), ("ema", "student_ema")])
+def test_the_exported_student_is_the_shaded_one(tmp_path: Path, weights: str, role: str) -> None:
+    run = Store(fake_image_run(tmp_path))
+    stored = json.loads(run.read_text("config.json"))
+    stored["config"]["export"] = {"weights": weights}
+    run.publish("config.json", json.dumps(stored))
+    metrics = json.loads(run.read_text("metrics.json"))
+    metrics["student_ema"]["by_timestep"]["mse_to/google"] = [7.25] * 10
+    run.publish("metrics.json", json.dumps(metrics))
+    page = render_report(run)
+    assert set(re.findall(r'class="(\w+) exported', page)) == {role}
+    each = page.partition("Error to each teacher by timestep")[2].partition("</figure>")[0]
+    assert ("7.25" in each) == (weights == "ema")
+
+
 def test_the_page_of_an_image_run_reaches_for_nothing_outside_itself(tmp_path: Path) -> None:
     page = render_report(Store(fake_image_run(tmp_path)))
     assert not re.findall(r"(?:src|href)=[\"'](?!#|data:image/png;)|url\(|@import|<script|<link|https?://", page)

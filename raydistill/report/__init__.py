@@ -41,6 +41,7 @@ def render_report(run: Store) -> str:
     log, baseline = read_log(run, "metrics.jsonl"), read_log(run, "baseline/metrics.jsonl")
     teachers, student = page.players(config)
     names = role_names(metrics) if metrics else ROLE_NAMES
+    exported = page.exported_role(config, metrics)
     samples = page.section(_json(run, "samples.json"))
     of_images = page.section(config.get("source")).get("kind") in ("images", "videos", "prompts")
     teacher_names, teacher_rows = page.teacher_rows(metrics) if of_images else ([], [])
@@ -53,16 +54,17 @@ def render_report(run: Store) -> str:
         teachers=teachers,
         student=student,
         lede=lede(metrics),
-        tiles=page.tiles(metrics),
+        tiles=page.tiles(metrics, exported),
         roles=[(role, names[role]) for role in page.measured(metrics)],
         role_names=names,
+        exported=exported,
         taught=bool(page.section(metrics.get("teacher"))) or not of_images,
         standing=[f for f in (page.quality_figure(metrics), page.closeness_figure(metrics)) if f],
         rows=page.comparison_rows(metrics),
         held_out=page.held_out_words(metrics),
         teacher_names=teacher_names,
         teacher_rows=teacher_rows,
-        by_timestep=timestep_figures(metrics),
+        by_timestep=timestep_figures(metrics, exported),
         in_thirds=in_thirds,
         losses=loss_figures(log, baseline, IMAGE_PARTS if of_images else PARTS),
         evaluations=held_out_figures(log, baseline),

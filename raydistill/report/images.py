@@ -110,8 +110,9 @@ def _inlined(run: Store, name: JsonValue) -> tuple[str | None, int]:
     return f"data:image/{kind};base64," + base64.b64encode(content).decode(), longest
 
 
-def timestep_figures(metrics: Json) -> list[Figure]:
-    """Errors over the timestep: of every model to the teachers and to the truth, of the student to each teacher."""
+def timestep_figures(metrics: Json, exported: str = "student") -> list[Figure]:
+    """Errors over the timestep: of every model to the teachers and to the truth, of the `exported` student to each
+    teacher."""
     held_out = metrics.get("held_out")
     edges = held_out.get("timestep_edges") if isinstance(held_out, Mapping) else None
     if not isinstance(edges, list):
@@ -120,7 +121,7 @@ def timestep_figures(metrics: Json) -> list[Figure]:
     lines = {role: _bins(metrics.get(role)) for role in ROLE_NAMES}
     names = role_names(metrics)
     goal = "Teachers among themselves" if isinstance(metrics.get("teachers"), Mapping) else "Teacher"
-    single = [(name, values) for name, values in lines["student"].items() if name.startswith("mse_to/")]
+    single = [(name, values) for name, values in lines[exported].items() if name.startswith("mse_to/")]
     figures = [
         _over_time(
             "Error to the teachers by timestep", "no student gets below the line of the teachers",
@@ -128,7 +129,7 @@ def timestep_figures(metrics: Json) -> list[Figure]:
              for r, bins in lines.items()],
         ),
         _over_time(
-            "Error to each teacher by timestep", "of the distilled student",
+            "Error to each teacher by timestep", f"of the exported student ({names[exported].lower()})",
             [_series(name.removeprefix("mse_to/"), f"c{i % TONES}", middles, values)
              for i, (name, values) in enumerate(single)],
         ),

@@ -166,9 +166,15 @@ def _best(values: Mapping[str, float | None], better: str) -> str | None:
     return (min if better == "low" else max)(found, key=found.__getitem__)
 
 
-def tiles(metrics: Json) -> list[tuple[str, str, str]]:
-    """(figure, what it is, more words) for the head of the page."""
-    comparison, student = section(metrics.get("comparison")), section(metrics.get("student"))
+def exported_role(config: Json, metrics: Json) -> str:
+    """The student that the run leaves to others: that with averaged weights where these are exported."""
+    averaged = section(config.get("export")).get("weights") == "ema" and "student_ema" in metrics
+    return "student_ema" if averaged else "student"
+
+
+def tiles(metrics: Json, exported: str = "student") -> list[tuple[str, str, str]]:
+    """(figure, what it is, more words) for the head of the page, of the student that is `exported`."""
+    comparison, student = section(metrics.get("comparison")), section(metrics.get(exported))
     found = []
     name = str(comparison.get("quality_metric", ""))
     if (quality := as_number(comparison.get("student_quality"))) is not None:
