@@ -13,12 +13,15 @@ r"""What beginning with the teacher's weights saves: steps and time to the loss 
 
 One student architecture is trained from random weights and from each basis and depth rule, all from one cache, in
 one order, for as many steps and at one learning rate. Evaluations on held-out rows every `--every` steps say when each
-first is as good as the random one at its end. Time is the projection itself (reading and measuring the teacher) plus
-steps times the run's median time of a step, so that what else a machine does in between counts less. FOLDER keeps the
-runs, and the same command goes on after a stop; what is finished is written as it comes.
+first is as good as the random one (or the one that `--against` names) at its end. Time is the projection itself
+(reading and measuring the teacher) plus steps times the run's median time of a step, so that what else a machine does
+in between counts less. FOLDER keeps the runs, and the same command goes on after a stop; what is finished is written
+as it comes. Students that the result has at their last step already are not trained again, wherever FOLDER is; of
+the settings only `--every`, `--bases` and `--depths` may differ then.
 
 `--features-of VAE` also samples images from each student and compares them with held-out ones by FID and KID, with the
-encoder of that autoencoder (mean and deviation of its last channels over the image) as the extractor.
+encoder of that autoencoder (mean and deviation of its last channels over the image) as the extractor. A TorchScript
+file or its URI in place of a folder is an extractor as it is.
 
 Writes benchmarks/results/projection_<name>.json with the curves, docs/projection_<name>.svg, and the table as text.
 """
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -39,7 +43,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from machine import write
+from machine import RESULTS, write
 from torch import Tensor, nn
 
 from raydistill.report.charts import Series, line_chart
@@ -49,8 +53,6 @@ RANDOM = "random"
 STAGES = "inputs,signals,init,train"
 UNTIED = "student.model.overrides.tie_word_embeddings=false"
 COLOURS = ("#888888", "#1f6fb4", "#d1632a", "#2f8f4e", "#8a4fb3", "#b8860b", "#c23b6b")
-IMAGES = 64
-"""Images that are compared by their features."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,19 @@ class Start:
     overrides: tuple[str, ...] = ()
 
 
-def starts(bases: list[str], depths: list[str], rows: int) -> list[Start]:
-    """The random student, each basis with blocks evenly spread, and each other depth rule with the first basis."""
+def starts(bases: list[str], depths: list[str], rows: int, against: str) -> list[Start]:
+    """The one that the others are compared with, each basis with the first depth rule, and each other rule with the
+    first basis."""
     pairs = [(basis, depths[0]) for basis in bases] + [(bases[0], depth) for depth in depths[1:]]
-    found = [Start(RANDOM, "{kind: random}")]
+    found = [Start(RANDOM, "{kind: random}")] if against == RANDOM else []
     for basis, depth in pairs:
         init = f"{{kind: projection, basis: {basis}, depth: {depth}, calibration_rows: {rows}}}"
         found.append(Start(f"{basis}, {depth}", init, (UNTIED,) if basis != "importance" else ()))
-    return found
+    return sorted(found, key=lambda start: start.name != against)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--name", required=True)
@@ -85,35 +89,67 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", default=["importance", "pca", "weights"])
     parser.add_argument("--depths", nargs="+", default=["uniform", "importance", "first", "last"])
     parser.add_argument("--set", nargs="+", default=[], help="further overrides of the configuration, key=value")
-    parser.add_argument("--features-of", type=Path, help="folder of an autoencoder whose encoder sees images")
+    parser.add_argument("--against", default=RANDOM, help="how the student begins that the others are compared with")
+    parser.add_argument("--features-of", help="folder of an autoencoder whose encoder sees images, or an extractor")
+    parser.add_argument("--images", type=int, default=64, help="images that are compared by their features")
     parser.add_argument(
         "--read", action="store_true", help="train nothing; write what FOLDER holds, also unfinished runs"
     )
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
     typed = [argument for argument in sys.argv[2:] if argument != "--read"]
-    runs: dict[str, dict[str, Any]] = {}
-    for start in starts(options.bases, options.depths, options.rows):
-        run = options.folder.absolute() / start.name.replace(", ", "-")
-        if not options.read:
-            train(start, run, options)
-        elif not (run / "metrics.jsonl").exists():
-            continue
-        runs[start.name] = measured(run, options.metric)
-        goal = runs[RANDOM]["curve"][-1][1]
-        found = runs[start.name]
-        found["steps_to_goal"], found["seconds_to_goal"] = reached(found, goal)
+    runs = had(options)
+    for start in starts(options.bases, options.depths, options.rows, options.against):
+        run = options.folder.absolute() / re.sub(r"\W+", "-", start.name).strip("-")
+        if not is_whole(runs.get(start.name), options.steps):
+            if not options.read:
+                train(start, run, options)
+            elif not (run / "metrics.jsonl").exists():
+                continue
+            runs[start.name] = measured(run, options.metric)
+        goal = runs[options.against]["curve"][-1][1]
+        for found in runs.values():
+            found["steps_to_goal"], found["seconds_to_goal"] = reached(found, goal)
         write(
             f"projection_{options.name}",
             {
                 "command": f"python benchmarks/projection.py FOLDER {shlex.join(typed)}",
                 "metric": options.metric,
                 "goal": goal,
-                "table": table(runs),
+                "table": table(runs, options.against),
                 "runs": runs,
             },
         )
         (ROOT / f"docs/projection_{options.name}.svg").write_text(plot(runs, options.metric) + "\n")
-    print("\n".join(table(runs)))
+    print("\n".join(table(runs, options.against)))
+
+
+def had(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs of an earlier result of this name, which must be of the same settings."""
+    file = RESULTS / f"projection_{options.name}.json"
+    if not file.exists():
+        return {}
+    result = json.loads(file.read_text())
+    earlier = arguments().parse_args(shlex.split(result["command"])[2:])
+    free = {"folder", "every", "bases", "depths", "read"}
+    differing = sorted(key for key in vars(options).keys() - free if not same(options, earlier, key))
+    if differing:
+        sys.exit(f"{file} is of other settings ({', '.join(differing)}); choose another --name or remove it.")
+    return dict(result["runs"])
+
+
+def same(one: argparse.Namespace, other: argparse.Namespace, key: str) -> bool:
+    """Whether two command lines say the same, apart from line breaks."""
+    a, b = getattr(one, key), getattr(other, key)
+    return bool(str(a).split() == str(b).split())
+
+
+def is_whole(run: dict[str, Any] | None, steps: int) -> bool:
+    """Whether a run was measured at its last step."""
+    return run is not None and run["curve"][-1][0] == steps
 
 
 class Features(nn.Module):
@@ -129,9 +165,12 @@ class Features(nn.Module):
         return torch.cat([found.mean((2, 3)), found.std((2, 3))], 1)
 
 
-def features(vae: Path, file: Path) -> tuple[str, ...]:
-    """Write the extractor of an autoencoder into `file`; the settings that use it."""
-    network = AutoencoderKL.from_pretrained(vae)
+def features(extractor: str, images: int, file: Path) -> tuple[str, ...]:
+    """Settings that compare `images` by an extractor; that of an autoencoder's folder is written into `file`."""
+    number = f"evaluate.images.feature_images={images}"
+    if not Path(extractor).is_dir():
+        return (f"evaluate.images.feature_extractor={extractor}", number)
+    network = AutoencoderKL.from_pretrained(extractor)
     size = int(network.config.sample_size)
     file.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -140,7 +179,7 @@ def features(vae: Path, file: Path) -> tuple[str, ...]:
     return (
         f"evaluate.images.feature_extractor={file}",
         f"evaluate.images.feature_size={size}",
-        f"evaluate.images.feature_images={IMAGES}",
+        number,
     )
 
 
@@ -151,7 +190,8 @@ def train(start: Start, run: Path, options: argparse.Namespace) -> None:
         return
     extra, stages = options.set, STAGES
     if options.features_of:
-        extra = [*extra, *features(options.features_of, options.folder.absolute() / "encoder.pt")]
+        file = options.folder.absolute() / "encoder.pt"
+        extra = [*extra, *features(options.features_of, options.images, file)]
         stages += ",evaluate"
     command = [
         sys.executable, "-m", "raydistill.run", options.config, f"run_dir={run}",
@@ -205,11 +245,12 @@ def plot(runs: dict[str, dict[str, Any]], metric: str) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{title}{keys}{body}'
 
 
-def table(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """Rows: how the student began, its last value, and the steps and seconds to the random one's last value."""
-    steps = runs[RANDOM]["curve"][-1][0]
+def table(runs: dict[str, dict[str, Any]], against: str) -> list[str]:
+    """Rows: how the student began, its last value, and the steps and seconds to the last value of `against`."""
+    steps = runs[against]["curve"][-1][0]
     sees = any(found["features"] for found in runs.values())
-    header = ["begins as", "at the end", "steps to the random student's end", "of its steps", "seconds"]
+    end = "steps to the random student's end" if against == RANDOM else f"steps to the end of [{against}]"
+    header = ["begins as", "at the end", end, "of its steps", "seconds"]
     rows = [" | ".join([*header, *(["FID", "KID"] if sees else [])])]
     for name, found in runs.items():
         step, seconds = found["steps_to_goal"], found["seconds_to_goal"]
