@@ -1,8 +1,9 @@
-"""Memory that a process keeps for its next tensors."""
+"""Memory of a process that makes and drops large tensors again and again."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -24,3 +25,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
+
+
+def free_circles() -> None:
+    """Free what refers to itself in circles, as DeepSpeed's engines do.
+
+    Python looks for circles when there are many new objects, however many bytes hang on the few. Finalizers open
+    further circles, hence two passes.
+    """
+    gc.collect()
+    gc.collect()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
-from raydistill.memory import keep_freed_memory
+from raydistill.memory import free_circles, keep_freed_memory
 from raydistill.progress import say
 from raydistill.train.checkpoint import Progressed
 from raydistill.train.evaluation import (
@@ -82,9 +82,17 @@ def train_phase(
 def run_worker(job: PhaseJob, report: Report, leaving: Callable[[], bool] = lambda: False) -> Progressed:
     """What one rank does, from building the student to writing the last weights; `leaving` as in `loop.train`."""
     keep_freed_memory()
-    resources = job.config.resources.train
+    free_circles()  # of a trial that was stopped in its midst, before this one in this process
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(resources.cpus)))
+    torch.set_num_threads(max(1, int(job.config.resources.train.cpus)))
+    progressed = _trained(job, report, leaving)
+    torch.set_num_threads(threads)
+    free_circles()
+    return progressed
+
+
+def _trained(job: PhaseJob, report: Report, leaving: Callable[[], bool]) -> Progressed:
+    resources = job.config.resources.train
     device = torch.device("cuda", _local_gpu()) if resources.gpus > 0 else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -93,7 +101,6 @@ def run_worker(job: PhaseJob, report: Report, leaving: Callable[[], bool] = lamb
     write_weights(prepared, job.store / FINAL)
     for engine in prepared.engines.values():
         engine.close()
-    torch.set_num_threads(threads)
     return progressed
 
 

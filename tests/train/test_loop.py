@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from raydistill.errors import ConfigError, TrainingDiverged
 from raydistill.recipes.base import Loss
 from raydistill.recipes.lm_logits import LmLogits
 from raydistill.signals import Batch, Draws
+from raydistill.train.engine import Player
 from raydistill.train.launch import PhaseJob, train_phase
 
 
@@ -231,6 +233,21 @@ def test_a_logged_line_says_what_the_step_did(folder: Path) -> None:
     assert line["samples"] == 8
     assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
     assert 0 <= line["data_wait_seconds"] < line["seconds"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_student_is_freed_when_its_phase_ends(folder: Path, precision: str) -> None:
+    def players() -> int:
+        return sum(isinstance(o, Player) for o in gc.get_objects())
+
+    gc.collect()
+    gc.disable()  # what is freed is freed by the phase
+    try:
+        before = players()
+        train_phase(phase_job(folder, name=f"freed-{precision}", phase={"precision": precision}))
+        assert players() <= before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
