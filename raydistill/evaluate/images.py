@@ -12,9 +12,10 @@ from torch import nn
 
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.read import open_manifest
+from raydistill.config.metrics import few_steps
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource
-from raydistill.config.teachers import NoisePredictionTeacher
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher
 from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError
 from raydistill.evaluate.comparison import compare
@@ -33,6 +34,7 @@ from raydistill.evaluate.gallery import open_gallery
 from raydistill.evaluate.job import EvaluateJob, Evaluation, device, exported_role, student_in
 from raydistill.evaluate.language import model_size
 from raydistill.evaluate.speed import peak_bytes, samples_per_second
+from raydistill.evaluate.video_features import check_video_extractor
 from raydistill.models.denoiser import load_denoiser, predict, process_of
 from raydistill.models.sources import resolve_source
 from raydistill.signals import AVERAGE, JsonValue
@@ -63,9 +65,10 @@ class Measured:
 def check_images(config: RunConfig) -> None:
     """Raise what the stage would end with: missing files, and measurements of images on videos."""
     images, videos = config.evaluate.images, config.evaluate.videos
+    frames = None if isinstance(config.latents, ImagesSource) else config.latents.frames
+    moving = frames is not None
     if videos.feature_extractor is not None:
-        extractor_file(videos.feature_extractor, key="evaluate.videos.feature_extractor")
-    moving = not isinstance(config.latents, ImagesSource) and config.latents.frames is not None
+        _check_videos(config, videos.feature_extractor, frames)
     for key in ("feature_extractor", "clip_model"):
         if moving and getattr(images, key) is not None:
             raise ConfigError(
@@ -76,6 +79,16 @@ def check_images(config: RunConfig) -> None:
         extractor_file(images.feature_extractor)
     if images.clip_model is not None:
         resolve_source(images.clip_model)
+
+
+def _check_videos(config: RunConfig, extractor: str, frames: int | None) -> None:
+    key = "evaluate.videos.feature_extractor"
+    if frames is None or not few_steps(config) or not any(isinstance(t, OdeTrajectoryTeacher) for t in config.teachers):
+        raise ConfigError(
+            f"{key}: compares the videos of a student of few steps with those of a teacher of signal ode_trajectory, "
+            "found no such pair; remove it."
+        )
+    check_video_extractor(extractor, frames, key=key)
 
 
 def evaluate_images(job: EvaluateJob) -> Evaluation:

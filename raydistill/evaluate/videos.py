@@ -42,6 +42,7 @@ from raydistill.storage import Store
 from raydistill.teachers import build_teacher
 
 FOLDER = "samples"
+MORE_VIDEOS = "raise evaluate.videos.feature_videos and evaluate.held_out"
 SPEED_TURNS = 2
 """Samples on which the speed of a model is measured."""
 SHOWN = ("student_ce", "student", "student_ema")
@@ -97,11 +98,13 @@ def evaluate_generators(job: EvaluateJob) -> Evaluation:
     films = Films(rows.dataset.captions(chosen), rows.dataset.row_ids(chosen), settings.fps)
     lines: dict[str, Line] = {}
     against: tuple[VideoExtractor, Tensor] | None = None
+    """What looks at videos, and what it saw in the teacher's."""
     if rows.teacher is not None:
         print("evaluate: teacher", flush=True)
         lines["teacher"], pictures = _teacher_line(job, rows, space, chosen, films)
         if settings.feature_extractor is not None and pictures.ndim == 5:
-            against = VideoExtractor(settings.feature_extractor, settings.feature_size, device()), pictures
+            extractor = VideoExtractor(settings.feature_extractor, settings.feature_size, device())
+            against = extractor, extractor(pictures[: settings.feature_videos])
     for role, student in _students(job):
         print(f"evaluate: {role.replace('_', ' ')}", flush=True)
         lines[role] = _student_line(job, rows, student, space, against)
@@ -151,8 +154,8 @@ def _student_line(
     line: Line = {**size, **trajectory_metrics(totals), **_movement(rows, pictures)}
     if against is not None:
         extractor, teachers = against
-        most = job.config.evaluate.videos.feature_videos
-        line["features"] = video_distance(extractor, pictures[:most], teachers[:most])
+        own = extractor(pictures[: job.config.evaluate.videos.feature_videos])
+        line["video_features_to_teacher"] = video_distance(extractor.name, own, teachers, remedy=MORE_VIDEOS)
     line |= _costs(lambda: rows.made(student, [0], batch), pictures, device(), turns=SPEED_TURNS)
     return line | _long(job, rows, student, space)
 

@@ -28,6 +28,7 @@ from raydistill.evaluate.features import Extractor, extractor_file, feature_dist
 from raydistill.evaluate.job import EvaluateJob, Evaluation, device, student_in
 from raydistill.evaluate.language import model_size
 from raydistill.evaluate.speed import peak_bytes, samples_per_second
+from raydistill.evaluate.video_features import VideoExtractor, check_video_extractor, video_distance
 from raydistill.evaluate.world_metrics import Clips, clip_cosine, held_out_clips, one_step
 from raydistill.evaluate.world_pictures import actions_line, animation, strip
 from raydistill.losses import world as losses
@@ -45,6 +46,9 @@ BATCH = 16
 PROBE_CLIPS = 256
 """Training clips that the probe learns from at most."""
 FEATURE_SIDE = 299
+VIDEO_SIDE = 224
+VIDEO_KEY = "evaluate.worlds.video_extractor"
+MORE_CLIPS = "raise evaluate.worlds.clips and evaluate.held_out"
 Line = dict[str, JsonValue]
 
 
@@ -58,6 +62,8 @@ class Said:
     """Frames [B, S', C, H, W] after `context` true ones, made without seeing another."""
     latents: Tensor
     """Of the true frames [B, T, N, D]."""
+    videos: Tensor | None = None
+    """What a video extractor sees in whole rollouts [n, d]."""
     line: Line = field(default_factory=dict)
 
 
@@ -65,6 +71,9 @@ def check_worlds_evaluation(config: RunConfig) -> None:
     """Raise what the stage would end with: missing files."""
     if config.evaluate.worlds.feature_extractor is not None:
         extractor_file(config.evaluate.worlds.feature_extractor, key="evaluate.worlds.feature_extractor")
+    if config.evaluate.worlds.video_extractor is not None:
+        made = config.episodes.clip_frames - config.evaluate.worlds.context
+        check_video_extractor(config.evaluate.worlds.video_extractor, made, key=VIDEO_KEY)
 
 
 def evaluate_worlds(job: EvaluateJob) -> Evaluation:
@@ -74,10 +83,13 @@ def evaluate_worlds(job: EvaluateJob) -> Evaluation:
     clips = Clips(found.frames.to(place), found.actions.to(place), found.valid.to(place), found.row_ids)
     probe, read = trained_probe(config, job.inputs, clips)
     said: dict[str, Said] = {}
-    extractor = _extractor(config, place)
+    extractor, videos = _extractor(config, place), _video_extractor(config, place)
+    real = None if videos is None else seen(videos, clips.frames[:, config.evaluate.worlds.context :], clips)
     for who, network in _models(job):
         print(f"evaluate: {who.replace('_', ' ')}", flush=True)
         said[who] = measured(network, clips, probe, config, extractor)
+        if videos is not None and real is not None:
+            look_at(said[who], videos, real, clips)
         said[who].line |= model_size(network)
         del network
         gc.collect()
@@ -136,6 +148,23 @@ def _extractor(config: RunConfig, place: torch.device) -> Extractor | None:
     return Extractor(source, FEATURE_SIDE, place, key="evaluate.worlds.feature_extractor")
 
 
+def _video_extractor(config: RunConfig, place: torch.device) -> VideoExtractor | None:
+    source = config.evaluate.worlds.video_extractor
+    return None if source is None else VideoExtractor(source, VIDEO_SIDE, place, key=VIDEO_KEY)
+
+
+def seen(extractor: VideoExtractor, frames: Tensor, clips: Clips) -> Tensor:
+    """Features [n, d] of those videos [B, S, C, H, W] whose clips end where their episodes do not."""
+    whole = clips.valid.all(1)
+    return extractor(video.transpose(0, 1) for video, ok in zip(frames, whole, strict=True) if ok)
+
+
+def look_at(one: Said, extractor: VideoExtractor, real: Tensor, clips: Clips) -> None:
+    """Tell the distance of a model's rollouts from real clips, of which `real` was seen."""
+    one.videos = seen(extractor, one.rollout.clamp(0, 1), clips)
+    one.line["video_features"] = video_distance(extractor.name, one.videos, real, remedy=MORE_CLIPS)
+
+
 @torch.no_grad()
 def measured(
     network: nn.Module, clips: Clips, probe: ActionProbe, config: RunConfig, extractor: Extractor | None = None
@@ -176,7 +205,7 @@ def measured(
     if extractor is not None:
         shown = [image for clip, ok in zip(said.rollout.clamp(0, 1), there, strict=True) for image in clip[ok]]
         real = [image for clip, ok in zip(later, there, strict=True) for image in clip[ok]]
-        said.line["features"] = feature_distances(extractor(shown), extractor(real), extractor.name)
+        said.line["features"] = feature_distances(extractor(shown), extractor(real), extractor.name, remedy=MORE_CLIPS)
     return said
 
 
@@ -209,6 +238,11 @@ def beside_teacher(one: Said, teacher: Said, clips: Clips, context: int) -> Line
         "drift_to_teacher": _by_step(losses.squared_error(one.rollout, teacher.rollout), there),
         "feature_similarity": feature_similarity(one.latents, teacher.latents),
     }
+    if one.videos is not None and teacher.videos is not None and one is not teacher:
+        found = one.line["video_features"]
+        assert isinstance(found, dict)
+        name = str(found["extractor"])
+        line["video_features_to_teacher"] = video_distance(name, one.videos, teacher.videos, remedy=MORE_CLIPS)
     if error > 0:
         line["psnr_to_teacher"] = -10 * math.log10(float(error))
     own, other = one.line["obedience"], teacher.line["obedience"]

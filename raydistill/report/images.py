@@ -166,26 +166,37 @@ def _over_time(title: str, note: str, series: Sequence[Series]) -> Figure | None
     return Figure(title, note, chart, log_chart, tuple((s.name, s.tone) for s in drawn))
 
 
+DISTANCES = {
+    "features": "held-out ones", "video_features": "held-out ones", "video_features_to_teacher": "of the teacher's",
+}  # fmt: skip
+"""Entries of a model's line that are distances of features, and what is compared with."""
+
+
 def feature_metrics(lines: Sequence[Json]) -> list[Metric]:
     """Rows of the comparison for distances of features, which are named after their extractor and never without n."""
-    found = next((f for line in lines if isinstance(f := line.get("features"), Mapping)), None)
-    if found is None:
-        return []
-    name, count = found.get("extractor"), said(found.get("generated"))
-    about = f"{count} generated and {said(found.get('held_out'))} held-out images"
-    doubt = "" if found.get("reliable") else f"; too few for {said(found.get('dimensions'))} features"
-    return [
-        Metric("features/frechet_distance", f"Fréchet distance · {name}", about + doubt, better="low"),
-        Metric("features/kernel_distance", f"Kernel distance · {name}", f"{about}, without bias", better="low"),
-    ]
+    metrics = []
+    for group, others in DISTANCES.items():
+        found = next((f for line in lines if isinstance(f := line.get(group), Mapping)), None)
+        if found is None:
+            continue
+        name, count = found.get("extractor"), said(found.get("generated"))
+        things = found.get("things") or "images"
+        about = f"{count} generated {things} and {said(found.get('held_out'))} {others}"
+        doubt = "" if found.get("reliable") else f"; too few for {said(found.get('dimensions'))} features"
+        metrics += [
+            Metric(f"{group}/frechet_distance", f"Fréchet distance · {name}", about + doubt, better="low"),
+            Metric(f"{group}/kernel_distance", f"Kernel distance · {name}", f"{about}, without bias", better="low"),
+        ]
+    return metrics
 
 
 def flattened(line: Json) -> Json:
     """A model's line with its distances of features as values of their own."""
-    features = line.get("features")
-    if not isinstance(features, Mapping):
-        return line
-    return {**line, **{f"features/{key}": features.get(key) for key in ("frechet_distance", "kernel_distance")}}
+    flat = dict(line)
+    for group in DISTANCES:
+        if isinstance(features := line.get(group), Mapping):
+            flat |= {f"{group}/{key}": features.get(key) for key in ("frechet_distance", "kernel_distance")}
+    return flat
 
 
 def space_facts(inputs: Json) -> list[tuple[str, str]]:

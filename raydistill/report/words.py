@@ -91,7 +91,8 @@ IMAGE_PARTS = {
 }
 """The same where denoisers learn."""
 IN_TABLE_ELSEWHERE = {
-    "loss", "benchmarks", "lm_eval", "capture_tokens_per_second", "by_timestep", "features", "clip_images",
+    "loss", "benchmarks", "lm_eval", "capture_tokens_per_second", "by_timestep", "features", "video_features",
+    "video_features_to_teacher", "clip_images",
 }  # fmt: skip
 """Entries of a model's line that the table leaves to other places."""
 SPOKEN = {"mse_to_teacher": "error to its teachers", "mse_to_noise": "error"}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor, nn
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, DataError
 from raydistill.evaluate.convergence import converged
 from raydistill.evaluate.motion import drift, motion
 from raydistill.evaluate.video_features import VideoExtractor, video_distance
@@ -111,10 +111,13 @@ def test_the_distance_of_videos_is_named_after_the_extractor_and_told_with_their
     torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
     extractor = VideoExtractor(str(tmp_path / "means.pt"), 4, torch.device("cpu"))
     a, b = noise(16, 3).unbind(0), noise(16, 3, seed=1).unbind(0)
-    same, apart = video_distance(extractor, a, a), video_distance(extractor, a, [v / 2 for v in b])
+    seen, dark = extractor(a), extractor(v / 2 for v in b)
+    same, apart = (video_distance(extractor.name, seen, other, remedy="make more") for other in (seen, dark))
     assert same["extractor"] == "means"
     assert (same["generated"], same["held_out"], same["dimensions"], same["reliable"]) == (16, 16, 6, True)
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert float(str(apart["frechet_distance"])) > 0.1
     with pytest.raises(ConfigError, match=r"evaluate\.videos\.feature_extractor: wanted a TorchScript file"):
         VideoExtractor(str(tmp_path), 4, torch.device("cpu"))
+    with pytest.raises(DataError, match=r"at least 2 generated and 2 held-out videos.*found 1 and 16; make more"):
+        video_distance(extractor.name, seen[:1], seen, remedy="make more")

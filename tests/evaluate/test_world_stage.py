@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from world_toys import PHASE, build_inputs, build_signal, run_config, small_world, teacher_folder, write_episodes
 
 from raydistill.config.schema import RunConfig
-from raydistill.errors import VerificationFailed
+from raydistill.errors import ConfigError, VerificationFailed
 from raydistill.evaluate import play
+from raydistill.evaluate.stage import check_evaluation
+from raydistill.evaluate.video_features import VideoExtractor
 from raydistill.evaluate.world_checklist import checklist, falls
 from raydistill.evaluate.world_metrics import Clips, clip_cosine, held_out_clips, make_validator
 from raydistill.evaluate.world_pictures import animation, strip
-from raydistill.evaluate.worlds import beside_teacher, feature_similarity, measured, swapped_actions, trained_probe
+from raydistill.evaluate.worlds import (
+    beside_teacher,
+    feature_similarity,
+    look_at,
+    measured,
+    seen,
+    swapped_actions,
+    trained_probe,
+)
 from raydistill.models.world.files import save_world
 from raydistill.models.world.protocol import WorldOutput
 from raydistill.pipeline import Run, advance
@@ -212,3 +222,41 @@ def test_nothing_held_out_is_said(tmp_path: Path) -> None:
     inputs, _ = build_inputs(config)
     with pytest.raises(DataError, match=r"raise evaluate\.held_out"):
         held_out_clips(config, Store(inputs.uri).uri, max_rows=4)
+
+
+class Colours(nn.Module):
+    """Mean colour of a video, and how it changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.mean((2, 3, 4)), (x[:, :, 1:] - x[:, :, :-1]).abs().mean((2, 3, 4))], 1)
+
+
+def test_rollouts_are_compared_with_real_clips_and_with_the_teachers_by_the_extractors_name(tmp_path: Path) -> None:
+    torch.jit.script(Colours()).save(str(tmp_path / "colours.pt"))
+    worlds = {"probe_steps": 1, "video_extractor": str(tmp_path / "colours.pt")}
+    config = config_of(tmp_path, evaluate={"held_out": 0.3, "worlds": worlds})
+    clips, probe, _ = clips_of(run_config(tmp_path, evaluate={"held_out": 0.3, "worlds": {"probe_steps": 150}}))
+    check_evaluation(config)
+    extractor = VideoExtractor(str(tmp_path / "colours.pt"), 12, torch.device("cpu"))
+    real = seen(extractor, clips.frames[:, 1:], clips)
+    assert len(real) == int(clips.valid.all(1).sum())
+    said = {}
+    for name, model in (("knows", KnowsTheGame()), ("copies", KnowsTheGame(copies=True))):
+        said[name] = measured(model, clips, probe, config)
+        look_at(said[name], extractor, real, clips)
+    distance = {name: one.line["video_features"]["frechet_distance"] for name, one in said.items()}  # type: ignore
+    assert distance["knows"] == pytest.approx(0, abs=1e-6)
+    assert distance["copies"] > 1e-3
+    line = beside_teacher(said["copies"], said["knows"], clips, context=1)
+    assert line["video_features_to_teacher"]["frechet_distance"] == pytest.approx(distance["copies"])  # type: ignore
+    assert line["video_features_to_teacher"]["extractor"] == "colours"  # type: ignore[call-overload, index]
+    assert "video_features_to_teacher" not in beside_teacher(said["knows"], said["knows"], clips, context=1)
+
+
+def test_rollouts_too_short_for_i3d_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "i3d.ckpt").write_bytes(b"")
+    worlds = {"video_extractor": str(tmp_path / "i3d.ckpt")}
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.worlds\.video_extractor: I3D looks .* at least 9 frames, found 4"
+    ):
+        check_evaluation(config_of(tmp_path, evaluate={"held_out": 0.3, "worlds": worlds}))
