@@ -8,7 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 class Config(BaseModel):
     """A frozen section of the configuration; unknown keys are errors and docstrings become the documentation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def tag_defaults_to(key: str, tag: str) -> BeforeValidator:

@@ -304,7 +304,7 @@ def _explain(detail: ErrorDetails, data: Node, schema: type[Config], origins: Or
     kind = detail["type"]
     if kind in ("extra_forbidden", "union_tag_invalid", "union_tag_not_found"):
         return  # `_walk` has named these
-    if kind == "too_short" and value:
+    if kind == "too_short" and isinstance(value, list) and detail["ctx"]["actual_length"] < len(value):
         return  # an echo of the problems in its elements
     if kind == "missing":
         text = f"missing; wanted {wanted(annotation)}{_meaning(detail['loc'], data, schema)}"

@@ -187,7 +187,7 @@ def _section_words(annotation: Annotation) -> str:
 
 def _bounds(metadata: Sequence[object]) -> str:
     parts = []
-    for item in metadata:
+    for item in [m for outer in metadata for m in (outer.metadata if isinstance(outer, FieldInfo) else [outer])]:
         parts += [f"{sign} {getattr(item, key):g}" for kind, key, sign in _BOUNDS if isinstance(item, kind)]
         pattern = getattr(item, "pattern", None)
         if isinstance(pattern, str):

@@ -10,6 +10,8 @@ from raydistill.config.base import Config, tag_defaults_to
 from raydistill.config.models import Dtype
 from raydistill.config.world import EpisodesSource
 
+Byte = Annotated[int, Field(ge=0, le=255)]
+
 
 class HubDataset(Config):
     """A data set of the Hugging Face Hub (or a folder saved by `datasets`)."""
@@ -153,7 +155,7 @@ class ImagesSource(Config):
     """Heights and widths of generated buckets are multiples of this."""
     max_aspect: float = Field(default=2.0, ge=1)
     """Largest ratio of the sides of a generated bucket; 1 has the square alone."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """RGB colour behind transparent pixels."""
     vae: VaeConfig | Literal["none"]
     """The autoencoder, shared by all teachers; `none` works on pixels, scaled to [-1, 1]."""
@@ -207,7 +209,7 @@ class VideosSource(Config):
     """Heights and widths of generated buckets are multiples of this."""
     max_aspect: float = Field(default=2.0, ge=1)
     """Largest ratio of the sides of a generated bucket; 1 has the square alone."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """RGB colour behind transparent pixels."""
     vae: VaeConfig | Literal["none"]
     """The autoencoder of videos, shared by all teachers; `none` works on pixels, scaled to [-1, 1]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
 
 from pydantic import JsonValue
@@ -46,13 +46,13 @@ def settings(sweep: SweepConfig, point: Mapping[str, JsonValue]) -> dict[str, Js
     return found
 
 
-def listed(dimension: Dimension) -> list[JsonValue]:
+def listed(dimension: Dimension) -> Sequence[JsonValue]:
     """All values of a dimension for which `is_listed` holds."""
     match dimension:
         case Grid() | Choice():
-            return [*dimension.values]
+            return dimension.values
         case Integers():
-            return [*range(dimension.low, dimension.high + 1, dimension.step)]
+            return range(dimension.low, dimension.high + 1, dimension.step)
         case Simplex(steps=int(steps)):
             return [[part / steps for part in parts] for parts in _compositions(steps, len(dimension.keys))]
     raise AssertionError(f"a dimension of kind {dimension.kind} cannot be listed")
@@ -187,17 +187,17 @@ def _near(dimension: Dimension, value: JsonValue, rng: random.Random) -> JsonVal
 
 
 def probes(sweep: SweepConfig) -> Iterator[tuple[str, Point]]:
-    """For each dimension, its listed values or its ends, each at a point at which it is active: what the schema must
-    accept before a trial begins. Yields the dimension's name and the point."""
+    """For each dimension, its listed values, or its ends and a value between them, each at a point at which it is
+    active: what the schema must accept before a trial begins. Yields the dimension's name and the point."""
     for name, dimension in sweep.space.items():
         for value in _ends(dimension):
             yield name, {**_conditions_of(sweep, name), name: value}
 
 
-def _ends(dimension: Dimension) -> list[JsonValue]:
+def _ends(dimension: Dimension) -> Sequence[JsonValue]:
     match dimension:
         case Uniform(low=low, high=high) | LogUniform(low=low, high=high):
-            return [low, high]
+            return [low, high, low + (high - low) / math.pi]  # one between, which is no whole number
         case Integers():
             return [dimension.low, listed(dimension)[-1]]
         case Simplex():

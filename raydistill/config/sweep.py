@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import comb
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
@@ -11,6 +12,8 @@ from raydistill.config.base import Config, tag_defaults_to
 
 Conditions = dict[str, JsonValue]
 """Keys of the same space, and the value (or list of values) that each must have."""
+MOST_MIXTURES = 20_000
+"""Shares of a simplex with steps beyond which these are taken for a mistake."""
 
 
 class Grid(Config):
@@ -93,7 +96,7 @@ class Simplex(Config):
     kind: Literal["simplex"]
     keys: tuple[str, ...] = Field(min_length=2)
     """The keys that get the shares."""
-    concentration: float = Field(default=1.0, gt=0)
+    concentration: float = Field(default=1.0, ge=0.01)
     """Of the Dirichlet distribution that is drawn from: 1 is uniform, more keeps to the middle, less to the corners.
     `searcher: optuna` begins uniformly, whatever it is."""
     steps: int | None = Field(default=None, ge=1)
@@ -105,6 +108,10 @@ class Simplex(Config):
     def _different(self) -> Self:
         if len(set(self.keys)) < len(self.keys):
             raise ValueError(f"keys: wanted different keys, found {list(self.keys)}.")
+        if self.steps and (found := comb(self.steps + len(self.keys) - 1, len(self.keys) - 1)) > MOST_MIXTURES:
+            raise ValueError(
+                f"steps: wanted at most {MOST_MIXTURES:,} mixtures, found {found:,}; take fewer, or null for all."
+            )
         return self
 
 
@@ -116,7 +123,8 @@ class MetricConfig(Config):
 
     name: str
     """A metric of the evaluations during training (`kl_to_teacher`, `perplexity`, `mse_to_teacher`, …), or a cost of
-    the student: `parameters`, `bytes`, `tokens_per_second` (language models), `samples_per_second` (images)."""
+    the student: `parameters`, `bytes`, `tokens_per_second` (language models), `samples_per_second` (images),
+    `frames_per_second` (world models)."""
     mode: Literal["min", "max"] | None = None
     """Whether small or large is good; by default what is good for this metric."""
 
@@ -126,7 +134,9 @@ class MetricConfig(Config):
         return self.name not in LARGE_IS_GOOD if self.mode is None else self.mode == "min"
 
 
-LARGE_IS_GOOD = ("top1_accuracy", "top1_agreement", "tokens_per_second", "samples_per_second")
+SPEEDS = ("tokens_per_second", "samples_per_second", "frames_per_second")
+"""Costs that take a measurement, of language models, of denoisers and of world models."""
+LARGE_IS_GOOD = ("top1_accuracy", "top1_agreement", "true_change_cosine", *SPEEDS)
 """Metrics of which more is better."""
 
 
@@ -268,10 +278,8 @@ def _conditions(sweep: SweepConfig) -> Iterator[str]:
     for name, dimension in sweep.space.items():
         for other in dimension.when:
             if other not in named or other == name:
-                yield (
-                    f"space: {name}.when: wanted another key of this space ({', '.join(sorted(named - {name}))}), "
-                    f"found {other}."
-                )
+                others = ", ".join(sorted(named - {name})) or "it has no other"
+                yield f"space: {name}.when: wanted another key of this space ({others}), found {other}."
     if not any(other not in named for d in sweep.space.values() for other in d.when) and _circle(sweep):
         yield f"space: {_circle(sweep)}.when: the conditions lead back to itself."
 

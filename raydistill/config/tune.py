@@ -69,8 +69,10 @@ def load_space(file: str | Path, draft: Draft) -> Space:
     """The search space in `file` over the run `draft`; `ConfigError` names every problem that both together have."""
     sweep, origins = read_section(file, SweepConfig)
     space = Space(sweep, draft, str(file), origins)
-    problems = [*_fixed(space), *_conditions(space), *_number(space), *_metrics(space), *_reports(space)]
-    problems = [*(f"{file}: {problem}" for problem in problems), *_values(space)]
+    conditions = [*_conditions(space)]
+    problems = [*_fixed(space), *conditions, *_number(space), *_metrics(space), *_reports(space)]
+    # Where a condition never holds, there is no point at which its key could be tried.
+    problems = [*(f"{file}: {problem}" for problem in problems), *([] if conditions else _values(space))]
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join((f"{len(problems)} problems:", *problems)))
     return space
@@ -93,6 +95,8 @@ def _conditions(space: Space) -> Iterator[str]:
     for name, dimension in space.sweep.space.items():
         for other, wanted in dimension.when.items():
             values = listed(space.sweep.space[other]) if is_listed(space.sweep.space[other]) else []
+            if wanted == []:
+                yield f"space: {name}.when.{other}: wanted a value or a list of them, found an empty list."
             for value in wanted if isinstance(wanted, list) else [wanted]:
                 if value not in values:
                     found = (

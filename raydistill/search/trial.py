@@ -21,6 +21,7 @@ from raydistill.cache.calibration import calibration_rows
 from raydistill.cluster import on_train_hardware
 from raydistill.config.load import Draft
 from raydistill.config.schema import RunConfig
+from raydistill.config.sweep import SPEEDS
 from raydistill.errors import DataError
 from raydistill.evaluate.costs import student_costs
 from raydistill.evaluate.job import EvaluateJob
@@ -40,7 +41,6 @@ Tell = Callable[[Mapping[str, float]], None]
 ADOPTING, ADOPTED = "adopting.json", "adopted.json"
 COMPLETE = "complete"
 """In the report of a trial that was trained to its end."""
-SPEEDS = ("tokens_per_second", "samples_per_second")
 
 
 def train_trial(folder: Store, tell: Tell, *, wanted: Sequence[str], told: bool = False) -> None:

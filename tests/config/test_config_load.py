@@ -151,6 +151,7 @@ def test_a_key_in_the_wrong_place_is_told_the_right_one(toy: Path) -> None:
         ("phases.0.steps=true", "a whole number ≥ 1 or null", "true"),
         ("phases.0.steps=0", "a whole number ≥ 1 or null", "0"),
         ("phases.0.optimizer.student.lr=-1", "a number > 0", "-1"),
+        ("phases.0.optimizer.student.lr=.inf", "a number > 0", "inf"),
         ("phases.0.precision=bf15", "one of bf16, fp32", "'bf15'; nearest: bf16"),
         ("student=3", "a map", "3"),
         ("student.model.library=torch", "one of transformers, python, diffusers, world", "'torch'"),
@@ -161,6 +162,13 @@ def test_a_key_in_the_wrong_place_is_told_the_right_one(toy: Path) -> None:
 def test_a_wrong_value_says_what_was_wanted_and_found(toy: Path, override: str, wanted: str, found: str) -> None:
     assert problem(toy, overrides=(override,)) == (
         f"{override.split('=')[0]} (command line): wanted {wanted}, found {found}."
+    )
+
+
+def test_bounds_inside_a_list_are_said() -> None:
+    config = Path(__file__).parents[2] / "configs/tiny/sdxl_vae.yaml"
+    assert problem(config, overrides=("source.background=[0,0,300]",)) == (
+        "source.background.2 (command line): wanted a whole number ≥ 0 and ≤ 255, found 300."
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config.load import read_draft
+from raydistill.config.load import load_config, read_draft
 from raydistill.config.spaces import (
     all_points,
     changed,
@@ -19,8 +19,8 @@ from raydistill.config.spaces import (
     settings,
     size,
 )
-from raydistill.config.sweep import SweepConfig
-from raydistill.config.tune import Space, load_space
+from raydistill.config.sweep import SPEEDS, MetricConfig, SweepConfig
+from raydistill.config.tune import Space, costs, load_space
 from raydistill.errors import ConfigError
 from raydistill.run import main
 
@@ -184,10 +184,26 @@ def test_probes_hold_the_ends_of_each_key_where_it_is_active() -> None:
         },
         searcher="random", trials=2,
     )  # fmt: skip
-    assert [p for name, p in probes(space) if name == "beta"] == [
-        {"divergence": "jsd", "beta": 0.1},
-        {"divergence": "jsd", "beta": 0.9},
-    ]
+    low, high, between = [p for name, p in probes(space) if name == "beta"]
+    assert (low, high) == ({"divergence": "jsd", "beta": 0.1}, {"divergence": "jsd", "beta": 0.9})
+    assert between["divergence"] == "jsd"
+    assert 0.1 < float(str(between["beta"])) < 0.9
+
+
+def test_more_is_better_of_speeds_accuracies_and_agreements() -> None:
+    large = ("top1_accuracy", "top1_agreement", "true_change_cosine", *SPEEDS)
+    small = ("perplexity", "kl_to_teacher", "mse_to_noise", "mse_to_truth", "ece", "parameters", "bytes")
+    assert not any(MetricConfig(name=name).lower_is_better for name in large)
+    assert all(MetricConfig(name=name).lower_is_better for name in small)
+    assert not MetricConfig(name="perplexity", mode="max").lower_is_better
+
+
+@pytest.mark.parametrize("name", ["lm_topk", "sdxl_vae", "world_model"])
+def test_the_speed_of_every_kind_of_student_is_known_as_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    speeds = [cost for cost in costs(load_config([f"configs/tiny/{name}.yaml"])) if "second" in cost]
+    assert len(speeds) == 1
+    assert speeds[0] in SPEEDS
 
 
 def test_values_reach_through_interpolations_like_overrides(loaded: Loaded) -> None:
@@ -284,6 +300,26 @@ SPACES = {
         "metrics: [perplexity]\nscheduler: pbt\ntrials: 4\nspace:\n"
         "  student.init.num_layers: {kind: integers, low: 1, high: 3}",
         "student.init.num_layers cannot change inside a run",
+    ),
+    "fractions where the schema wants whole numbers": (
+        "metrics: [perplexity]\nsearcher: optuna\ntrials: 4\nspace:\n"
+        "  phases.0.recipe.top_k: {kind: uniform, low: 1, high: 16}",
+        "phases.0.recipe.top_k (space.yaml, line 5): wanted a whole number",
+    ),
+    "a condition without values": (
+        "metrics: [perplexity]\nsearcher: grid\nspace:\n"
+        f"  {ALPHA}: {{kind: grid, values: [0.5]}}\n"
+        f"  {TEMPERATURE}: {{kind: grid, values: [1], when: {{{ALPHA}: []}}}}",
+        f"{TEMPERATURE}.when.{ALPHA}: wanted a value or a list of them, found an empty list.",
+    ),
+    "a simplex of one key": (
+        "metrics: [perplexity]\nsearcher: grid\nspace:\n  w: {kind: simplex, keys: [teachers.0.weight], steps: 4}",
+        "space.w.keys (space.yaml, line 4): wanted a list of texts with at least 2 elements, found a list of 1.",
+    ),
+    "more mixtures than anybody tries": (
+        "metrics: [perplexity]\nsearcher: grid\nspace:\n"
+        "  w: {kind: simplex, keys: [teachers.0.weight, teachers.1.weight], steps: 100000}",
+        "space.w.steps (space.yaml, line 4): wanted at most 20,000 mixtures, found 100,001",
     ),
     "an unknown kind": (
         f"metrics: [perplexity]\ntrials: 2\nspace:\n  {ALPHA}: {{kind: unifrm, low: 0, high: 1}}",
