@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raydistill.config.models import DiffusersModel
+from raydistill.config.models import BlocksInit, DiffusersModel
 from raydistill.config.recipes import CausalConsistencyRecipe, NoisePredictionRecipe, SelfForcingRecipe
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, LatentSource, NoiseConfig
-from raydistill.config.teachers import OdeTrajectoryTeacher
+from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher
 from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError
 from raydistill.models.autoencoder import space_facts
+from raydistill.models.blocks import copy_blocks
 from raydistill.models.causal_families import family_of
 from raydistill.models.denoiser import Shapes, empty_denoiser, process_of, shapes_of
+from raydistill.models.taps import Taps
 from raydistill.models.text_encoder import text_facts
 
 
@@ -21,7 +23,8 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
     """Raise `ConfigError` unless student and teachers can be asked about the images of `buckets` (height, width).
 
     That is: channels of the latents, widths of the text, sizes that the networks halve without a rest, one noise
-    schedule, and predictions that can be stated as `source.noise.prediction_type`. Reads no weights.
+    schedule, predictions that can be stated as `source.noise.prediction_type`, tapped modules that are there, and a
+    student whose blocks are those of its larger model. Reads no weights.
     """
     student = config.student.model
     assert isinstance(student, DiffusersModel), "denoisers are models of diffusers"
@@ -43,6 +46,10 @@ def check_denoisers(config: RunConfig, buckets: Sequence[tuple[int, int]]) -> No
             )
     _require_chunks(config)
     _require_causal(config)
+    _require_tapped(config, student)
+    if isinstance(config.student.init, BlocksInit):
+        larger = student.model_copy(update={"overrides": {}})
+        copy_blocks(empty_denoiser(student), empty_denoiser(larger), where=f"student.init (blocks of {student.source})")
     seen: list[DiffusersModel] = []
     for where, model in models.items():
         if drawn:
@@ -63,6 +70,18 @@ def _require_chunks(config: RunConfig) -> None:
             f"student.generator.causal.chunk_frames: wanted a chunk of at most {frames} latent frames (source.frames "
             f"{source.frames}), found {generator.causal.chunk_frames}; make chunks smaller or samples longer."
         )
+
+
+def _require_tapped(config: RunConfig, student: DiffusersModel) -> None:
+    """Raise `ConfigError` for taps of modules that a teacher or the student does not have."""
+    for teacher in config.teachers:
+        if isinstance(teacher, NoisePredictionTeacher) and teacher.taps:
+            Taps(empty_denoiser(teacher.model), teacher.taps, where=f"teachers.{teacher.name}.taps")
+    for index, phase in enumerate(config.phases):
+        rules = phase.recipe.taps if isinstance(phase.recipe, NoisePredictionRecipe) else ()
+        if rules:
+            paths = {f"{rule.teacher}.{rule.tap}": rule.student for rule in rules}
+            Taps(empty_denoiser(student), paths, where=f"phases.{index}.recipe.taps")
 
 
 def _asked(config: RunConfig) -> dict[str, DiffusersModel]:

@@ -50,7 +50,17 @@ def home(tmp_path_factory):
 
 
 def _config(
-    home, *, student="sdxl", teachers=("sdxl",), vae="vae", text="text", noise=None, overrides=None, **student_keys
+    home,
+    *,
+    student="sdxl",
+    teachers=("sdxl",),
+    vae="vae",
+    text="text",
+    noise=None,
+    overrides=None,
+    taps=None,
+    tapped=(),
+    **student_keys,
 ):
     def model(name):
         return {"library": "diffusers", "source": str(home / name)}
@@ -70,14 +80,15 @@ def _config(
                 "noise": noise or {},
             },
             "teachers": [
-                {"signal": "noise_prediction", "name": f"t{i}", "model": model(name)} for i, name in enumerate(teachers)
+                {"signal": "noise_prediction", "name": f"t{i}", "model": model(name), "taps": taps or {}}
+                for i, name in enumerate(teachers)
             ],
             "student": {"model": model(student) | {"overrides": overrides or {}}, **student_keys},
             "phases": [
                 {
                     "name": "a",
                     "steps": 1,
-                    "recipe": {"kind": "noise_prediction"},
+                    "recipe": {"kind": "noise_prediction", "taps": list(tapped)},
                     "batch": {"global_size": 1, "micro_size": 1},
                     "optimizer": {"student": {"lr": 1}},
                 }
@@ -114,6 +125,27 @@ def test_models_that_fit_pass(home):
             {"student": "zero", "teachers": ("zero",)},
             r"student\.model predicts v_prediction: .*timestep 999.*prediction_type: v_prediction",
         ),
+        (
+            {"taps": {"deep": "mid_blok"}},
+            r"teachers\.t0\.taps, tap 'deep': wanted a module .*found no 'mid_blok'.*mid_block",
+        ),
+        (
+            {
+                "taps": {"deep": "mid_block"},
+                "tapped": ({"teacher": "t0", "tap": "deep", "student": "mid_block"},),
+                "overrides": {"mid_block_type": None},
+                "init": {"kind": "blocks"},
+            },
+            r"phases\.0\.recipe\.taps, tap 't0\.deep': wanted a module .*found no 'mid_block'",
+        ),
+        (
+            {"overrides": {"block_out_channels": [4, 4]}, "init": {"kind": "blocks"}},
+            r"student\.init \(blocks of .*Change numbers of blocks and layers, not widths",
+        ),
+        (
+            {"overrides": {"layers_per_block": 3}, "init": {"kind": "blocks"}},
+            r"student\.init .*wanted at most \d+ down_blocks\.0\.resnets.*found 3",
+        ),
     ],
     ids=[
         "teacher channels",
@@ -127,6 +159,10 @@ def test_models_that_fit_pass(home):
         "short",
         "both short",
         "snr",
+        "tap of a teacher",
+        "tap of the student",
+        "narrower blocks",
+        "more blocks",
     ],
 )
 def test_what_does_not_fit_is_named(home, settings, words):
