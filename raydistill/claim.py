@@ -1,23 +1,37 @@
-"""Whose run folder it is: config.json says which configuration made what is in it, and another one is refused."""
+"""Whose run folder it is: config.json says which configuration made what is in it, and another one is refused.
+
+Which command works in it: one at a time.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, TextIO, TypeAlias
 
 from pydantic import BaseModel, JsonValue
 
+from raydistill.cache.local import local_folder
 from raydistill.cache.manifest import parsed
+from raydistill.config.paths import inside_ray_job
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError
-from raydistill.storage import Store
+from raydistill.storage import Store, full_disk_explained
 from raydistill.train.job import MAY_CHANGE
 
 CONFIG = "config.json"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a network file system answers that is mounted without locks."""
 Trained: TypeAlias = Literal["open", "begun", "done"]
 """How far a phase is."""
 
@@ -59,6 +73,63 @@ def claim(store: Store, config: RunConfig) -> None:
     """Write config.json: from here on, what comes into the folder is of this configuration."""
     claimed = {"config": config.model_dump(mode="json"), "versions": versions()}
     store.publish(CONFIG, json.dumps(claimed, indent=1))
+
+
+@contextmanager
+def alone(run_dir: str) -> Iterator[None]:
+    """Hold a run folder while a command works in it; `ConfigError` when another command does so already.
+
+    The operating system ends the hold with its process, however that ends, so nothing is in the way of the next one.
+    The hold is seen wherever the folder is. That of an object store, or of a file system without locks, is seen on this
+    machine alone; the drivers of a cluster's jobs are all on one.
+    """
+    store = Store(run_dir)
+    name = hashlib.sha256(store.uri.encode()).hexdigest()[:32]
+    here = local_folder().parent / "runs" / f"{name}{LOCK}"
+    file = Path(store.path(LOCK)) if store.is_local else here
+    with _opened(file) as lock, _opened(here) as spare:
+        try:
+            held = _held(lock)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            held = _held(spare)
+        if not held:
+            who = file.read_text() or "another command"
+            raise ConfigError(
+                f"{who} is working in {store.uri}. Let it end, or stop it and run this command again: it goes on from "
+                "there."
+            )
+        with full_disk_explained(file):
+            file.write_text(_this_command())
+        yield
+
+
+def _opened(file: Path) -> TextIO:
+    try:
+        with full_disk_explained(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return file.open("a")
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(
+            f"run_dir: wanted a folder that can be written, found {file.parent}: {error.strerror}. Set another name or "
+            "run_dir."
+        ) from error
+
+
+def _held(lock: TextIO) -> bool:
+    """Whether nobody else holds the open file; from now on, this process does until it closes it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _this_command() -> str:
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
+    named = f" (the Ray job {job})" if inside_ray_job() and job else ""
+    return f"Process {os.getpid()} on {platform.node()}{named}"
 
 
 def versions() -> dict[str, str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_pipeline import tiny_config
 
 from raydistill import pipeline
-from raydistill.claim import claim, require_own
+from raydistill.claim import alone, claim, require_own
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError, DataError
 from raydistill.storage import Store
@@ -101,3 +104,47 @@ def test_exports_of_other_runs_are_found_wherever_they_are_named(tmp_path: Path)
     config = pipeline.with_exports(tiny_config(tmp_path, student=student))
     export = f"{tmp_path}/other/export"
     assert (config.student.model.source, config.student.init.path) == (export, export)
+
+
+HOLD = """
+import sys
+from raydistill.claim import alone
+with alone(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("where", ["{folder}/run", "file://{folder}/run", "s3://bucket/{name}/run?region=us-east-1"])
+def test_one_command_at_a_time_works_in_a_folder_and_a_killed_one_is_not_in_the_way(tmp_path: Path, where: str) -> None:
+    run_dir = where.format(folder=tmp_path, name=tmp_path.name)
+    another = run_dir.replace("/run", "/another")
+    command = [sys.executable, "-c", HOLD, run_dir]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"Process {holder.pid} on .* is working in .*/run"), alone(run_dir):
+            pass
+        with alone(another):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with alone(run_dir):
+        assert True, "the hold went with its process"
+    with alone(run_dir):
+        assert True, "and at the end of the block"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_that_may_not_be_written_is_said_in_words(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(ConfigError, match="run_dir: wanted a folder that can be written"), alone(str(tmp_path / "run")):
+        pass
+
+
+def test_a_file_in_the_place_of_the_folder_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir: wanted a folder .*/run: "), alone(str(tmp_path / "run")):
+        pass

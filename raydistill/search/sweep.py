@@ -19,6 +19,7 @@ from pyarrow import fs
 from pydantic import JsonValue
 
 from raydistill.cache.pool import require_cluster, room
+from raydistill.claim import alone
 from raydistill.cluster import connect, session
 from raydistill.config.load import Draft
 from raydistill.config.paths import resolve_paths
@@ -60,8 +61,8 @@ def run_sweep(draft: Draft, file: str) -> None:
         from raydistill.search.optuna import require_optuna
 
         require_optuna()
-    with session():
-        base = resolve_paths(space.base)
+    base = resolve_paths(space.base)
+    with alone(base.run_dir), session():
         run = begin(base, ("inputs", "signals", "init"))
         ledger = Ledger(run.store)
         ledger.begin(space.sweep, run.config)
