@@ -23,7 +23,7 @@ from raydistill.cache.ledger import read_builds
 from raydistill.cache.manifest import Manifest, fingerprint_of, parsed
 from raydistill.cache.read import open_manifest
 from raydistill.cache.verify import require_sound, verify
-from raydistill.claim import claim, require_own
+from raydistill.claim import alone, claim, require_own
 from raydistill.cluster import connect, on_teacher_hardware, on_train_hardware, session
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
@@ -90,19 +90,29 @@ class Run:
             return seconds * train.gpus * (train.workers if isinstance(train.workers, int) else train.workers[1])
         if stage == "evaluate":  # one worker's share: `on_train_hardware`
             return seconds * train.gpus
-        if stage != "signals" or teacher.gpus == 0:
+        if stage == "verify":  # one actor's: `on_teacher_hardware`
+            return seconds * teacher.gpus
+        encoded = isinstance(self.config.source, ImagesSource | VideosSource | PromptsSource)
+        if teacher.gpus == 0 or not (stage == "signals" or (stage == "inputs" and encoded)):
             return 0.0
-        builds = [build for store, _ in self.signals.values() for build in read_builds(store)]
+        caches = [self.inputs] if stage == "inputs" else self.signals.values()
+        builds = [build for store, _ in caches for build in read_builds(store)]
         now = [build for build in builds if build.started > time.time() - seconds - 1]
         return teacher.gpus * sum(b.seconds * min(b.actors[1], max(1, len(b.shards))) for b in now)
 
     def cost(self, stage: str) -> dict[str, JsonValue]:
         """What is known of `stage`, with the money that its GPUs cost where their price is given."""
         resources = self.config.resources
-        kind = resources.teacher.accelerator if stage == "signals" else resources.train.accelerator
+        by_students = stage in ("train", "evaluate")
+        kind = resources.train.accelerator if by_students else resources.teacher.accelerator
         price, used = self.config.plan.price_of(kind), self.stages[stage].get("gpu_seconds")
         money = {"price": round(used / 3600 * price, 2)} if isinstance(used, float | int) and price else {}
         return {**self.stages[stage], **money}
+
+    def in_all(self, key: str) -> float:
+        """What the stages cost together: `seconds`, `gpu_seconds` or `price`."""
+        costs = [self.cost(stage).get(key) for stage in self.stages]
+        return sum(cost for cost in costs if isinstance(cost, float | int))
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` was finished on just this basis."""
@@ -175,7 +185,7 @@ def run(config: RunConfig, stages: tuple[str, ...] | None = None) -> Run:
 
     A model whose source is `run://other.yaml` is the export of that run, which is run first when it is missing.
     """
-    with session():
+    with alone(config.run_dir), session():
         this = begin(config, STAGES if stages is None else stages)
         advance(this, STAGES if stages is None else stages, asked=stages is not None)
         if stages is None or "report" in stages:
@@ -336,6 +346,10 @@ def summary(run: Run) -> str:
     for name, values in rows:
         if any(value is not None for value in values):
             lines.append(f"{name:24}" + "".join(f"{_short(value):>16}" for value in values))
+    if gpu_seconds := run.in_all("gpu_seconds"):
+        price = run.in_all("price")
+        money = f", {price:,.2f} at the given prices" if price else ""
+        lines += ["", f"GPU time: {gpu_seconds / 3600:,.2f} h{money}"]
     return "\n".join(["", *lines, "", f"report: {run.store.uri}/report.html", f"model:  {run.store.uri}/export"])
 
 

@@ -16,6 +16,7 @@ from toys import save_model, tiny_llama
 
 from raydistill import pipeline
 from raydistill.config.schema import RunConfig
+from raydistill.config.sources import ImagesSource
 from raydistill.errors import ConfigError, DataError, VerificationFailed
 from raydistill.storage import Store
 
@@ -120,7 +121,7 @@ def test_same_command_again_does_nothing_but_the_report(
         monkeypatch.setattr(pipeline, name, lambda *_: pytest.fail("asked a second time what defines a cache"))
     pipeline.run(config)
     changed = {name for name, time in files(folder).items() if before.get(name) != time}
-    assert changed <= {"run/config.json", "run/stages.json", "run/metrics.json", "run/report.html"}
+    assert changed <= {"run/config.json", "run/stages.json", "run/metrics.json", "run/report.html", "run/.lock"}
 
 
 def test_time_of_gpus_is_that_of_all_the_gpus_a_stage_asked_for(tmp_path: Path) -> None:
@@ -131,10 +132,21 @@ def test_time_of_gpus_is_that_of_all_the_gpus_a_stage_asked_for(tmp_path: Path) 
     )
     (tmp_path / "build.json").write_text(json.dumps([old, new]))
     this.signals = {"toy": (Store(tmp_path), None)}  # type: ignore[dict-item]
-    for stage in ("inputs", "signals", "train", "train", "evaluate"):
+    for stage in ("inputs", "signals", "verify", "train", "train", "evaluate"):
         this.spent(stage, 10.0)
     found = {stage: facts.get("gpu_seconds") for stage, facts in this.stages.items()}
-    assert found == {"inputs": None, "signals": 9.0, "train": 80.0, "evaluate": 10.0}
+    assert found == {"inputs": None, "signals": 9.0, "verify": 5.0, "train": 80.0, "evaluate": 10.0}
+
+
+def test_inputs_that_models_encode_cost_the_time_of_their_gpus(tmp_path: Path) -> None:
+    vae = {"kind": "images", "paths": ["x"], "vae": {"source": "y"}}
+    config = tiny_config(tmp_path, resources={"teacher": {"actors": [2, 4], "gpus": 1}})
+    this = pipeline.Run(config.model_copy(update={"source": ImagesSource.model_validate(vae)}))
+    build = {"started": time.time() - 7, "seconds": 6.0, "actors": [2, 4], "shards": ["a"] * 9}
+    (tmp_path / "build.json").write_text(json.dumps([build]))
+    this.inputs = (Store(tmp_path), None)  # type: ignore[assignment]
+    this.spent("inputs", 10.0)
+    assert this.stages["inputs"]["gpu_seconds"] == 24.0
 
 
 @pytest.mark.parametrize("text", ["", '{"verify": {"key"'])

@@ -10,7 +10,7 @@ from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import PlanConfig, RunConfig
 from raydistill.errors import ConfigError
-from raydistill.pipeline import Run
+from raydistill.pipeline import Run, summary
 from raydistill.plan.placement import place, placement_table
 
 ROOT = Path(__file__).parents[1]
@@ -81,3 +81,5 @@ def test_stages_cost_what_their_own_accelerator_costs(tmp_path: Path) -> None:
     }
     assert [run.cost(stage).get("price") for stage in ("inputs", "signals", "train")] == [None, 2.0, 2.0]
     assert run.cost("signals") == {"seconds": 900.0, "gpu_seconds": 3600.0, "price": 2.0}
+    run.store.publish("metrics.json", "{}")
+    assert "GPU time: 1.50 h, 4.00 at the given prices" in summary(run)

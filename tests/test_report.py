@@ -29,8 +29,9 @@ from raydistill.report.charts import (
 )
 from raydistill.report.curves import loss_figures, machine_figures, read_log
 from raydistill.report.images import gallery, timestep_figures
-from raydistill.report.page import benchmarks
+from raydistill.report.page import benchmarks, stages
 from raydistill.report.words import duration, lede, said, size
+from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
 FILES = ("config.json", "metrics.json", "metrics.jsonl", "samples.json", "cache_stats.json", "stages.json")
@@ -214,6 +215,22 @@ def test_numbers_are_short_and_exact_enough() -> None:
     assert size(114_361_344) == f"114{nbsp}MB"
     assert said(0.6612, "share") == f"66.1{nbsp}%"
     assert said(None) == said(math.inf) == "–"
+
+
+def test_gpu_time_and_money_are_told_by_stage_where_they_are_known() -> None:
+    found: dict[str, JsonValue] = {
+        "inputs": {"seconds": 5.0},
+        "signals": {"seconds": 600.0, "gpu_seconds": 4800.0, "price": 2.5},
+        "train": {"seconds": 900.0, "gpu_seconds": 7200.0, "price": 1234.0},
+    }
+    told = stages(found)
+    assert told is not None
+    assert [row[0] for row in told.rows] == ["inputs", "signals", "train", "all"]
+    assert [row[2] for row in told.rows] == ["–", duration(4800.0), duration(7200.0), duration(12000.0)]
+    assert [row[3] for row in told.rows] == ["–", "2.50", "1,234.00", "1,236.50"]
+    without = stages({"train": {"seconds": 900.0}})
+    assert without is not None
+    assert (without.rows, without.price_total, without.gpu_total) == ((), None, None)
 
 
 def test_the_lede_says_what_the_comparison_says() -> None:

@@ -1,8 +1,8 @@
 """report.html: one self-contained page about a run, made from the files of the run folder alone.
 
 Read, where they are there: config.json (`{"config", "versions"}`), metrics.jsonl, baseline/metrics.jsonl, metrics.json,
-samples.json with the images it names, cache_stats.json and stages.json (`{stage: {"seconds", "gpu_seconds"}}`; else
-`stages` of metrics.json).
+samples.json with the images it names, cache_stats.json and, where metrics.json has no `stages`, stages.json
+(`{stage: {"seconds", "gpu_seconds", "price"}}`).
 The page needs no network and no script; charts are inline SVG and the colours follow the reader's light or dark mode.
 """
 
@@ -76,7 +76,7 @@ def render_report(run: Store) -> str:
         of_images=of_images,
         inputs=caches.cache_facts(stats),
         signals=caches.signals(stats),
-        stages=page.stages(page.section(_json(run, "stages.json") or metrics.get("stages"))),
+        stages=page.stages(page.section(metrics.get("stages") or _json(run, "stages.json"))),
         resources=page.resources(config),
         settings=page.settings(config),
         versions=page.section(stored.get("versions")),

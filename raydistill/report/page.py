@@ -67,11 +67,14 @@ class Benchmarks:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Time by stage."""
+    """What each stage took."""
 
     chart: str
     total: str
     gpu_total: str | None
+    price_total: str | None
+    rows: tuple[tuple[str, str, str, str], ...]
+    """Stage, time, time of GPUs and money; none where no stage asked for a GPU."""
 
 
 def section(value: JsonValue | Json | None) -> Json:
@@ -276,19 +279,31 @@ def samples(content: Json) -> list[Sample]:
 
 
 def stages(found: Json) -> Stages | None:
-    """Seconds by stage, from the `seconds` and `gpu_seconds` of each."""
-    seconds = {name: as_number(section(facts).get("seconds")) for name, facts in found.items()}
-    gpu = {name: as_number(section(facts).get("gpu_seconds")) for name, facts in found.items()}
+    """What each stage took, from its `seconds`, `gpu_seconds` and `price`."""
+    seconds, gpu, prices = (
+        {name: as_number(section(facts).get(key)) for name, facts in found.items()}
+        for key in ("seconds", "gpu_seconds", "price")
+    )
     known = {name: value for name, value in seconds.items() if value is not None}
     if not known:
         return None
     bars = [Bar(name, value, duration(value), "c0") for name, value in known.items()]
     gpu_total = sum(v for v in gpu.values() if v)
+    price_total = sum(v for v in prices.values() if v)
+    rows = [(name, duration(known[name]), *_cost(gpu[name], prices[name])) for name in known]
+    rows.append(("all", duration(sum(known.values())), *_cost(gpu_total, price_total or None)))
     return Stages(
         bar_chart(bars, label="Time by stage"),
         duration(sum(known.values())),
         duration(gpu_total) if gpu_total else None,
+        f"{price_total:,.2f}" if price_total else None,
+        tuple(rows) if gpu_total else (),
     )
+
+
+def _cost(gpu_seconds: float | None, price: float | None) -> tuple[str, str]:
+    """Time of GPUs and money in words."""
+    return (duration(gpu_seconds) if gpu_seconds else "–"), ("–" if price is None else f"{price:,.2f}")
 
 
 def resources(config: Json) -> list[tuple[str, str]]:
