@@ -188,7 +188,8 @@ class Store:
     def delete_folder(self, name: str) -> None:
         """Remove folder `name` and everything in it if it is there."""
         if self.exists(name):
-            self.filesystem.delete_dir(self.path(name))
+            with contextlib.suppress(FileNotFoundError):  # on gs:// a folder that is empty by now is nothing to remove
+                self.filesystem.delete_dir(self.path(name))
 
     def sha256(self, name: str) -> str:
         """Hash of file `name`, in hexadecimal."""
