@@ -124,6 +124,7 @@ def _read_metadata(uri: str, caption_key: str, folders: _Folders) -> dict[str, s
         name = record.get(FILE_NAME)
         if not isinstance(name, str):
             raise DataError(f"{where}: wanted the image's path in {FILE_NAME!r}, found the keys {_shown(record)}")
+        name = str(PurePosixPath(name))  # `./a.png` is `a.png`
         inside, _, base = name.rpartition("/")
         image = f"{folder}/{name}"
         if PurePosixPath(name).suffix.lower() not in LOOSE or base not in folders.names(

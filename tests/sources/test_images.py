@@ -198,7 +198,7 @@ def test_the_nearest_bucket_is_that_of_the_nearest_shape_then_size() -> None:
 def test_metadata_speaks_for_its_folder_and_those_below(tmp_path: Path) -> None:
     write_pictures(tmp_path, {"a.png": "one", "sub/deep/b.png": "two", "c.png": None, "sub/d.png": None})
     (tmp_path / "c.txt").write_text(" by a file\n")
-    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "d.png", "caption": "near"}\n')
+    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "./d.png", "caption": "near"}\n')
     (tmp_path / "notes.txt").write_text("of nobody")
     found = captions(source_of(tmp_path))
     assert found == {"a.png": "one", "c.png": "by a file", "sub/d.png": "near", "sub/deep/b.png": "two"}
@@ -217,6 +217,7 @@ def test_metadata_speaks_for_its_folder_and_those_below(tmp_path: Path) -> None:
             r"names 1 file.s. that are no images or not there: z\.png .line 1",
         ),
         ('{"file_name": "a.png", "caption": "x"}\n' * 2, r"line 2: a\.png has a line already"),
+        ('{"file_name": "a.png"}\n{"file_name": "./a.png"}\n', r"line 2: a\.png has a line already"),
     ],
 )
 def test_broken_metadata_is_named_with_its_line(tmp_path: Path, lines: str, message: str) -> None:
