@@ -25,7 +25,7 @@ from raydistill.cache.manifest import parsed
 from raydistill.config.paths import inside_ray_job
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError
-from raydistill.storage import Store, full_disk_explained
+from raydistill.storage import Store, full_disk_explained, refusal_explained
 from raydistill.train.job import MAY_CHANGE
 
 CONFIG = "config.json"
@@ -107,14 +107,11 @@ def alone(run_dir: str) -> Iterator[None]:
 
 def _opened(file: Path) -> TextIO:
     try:
-        with full_disk_explained(file):
+        with refusal_explained(f"write {file}"), full_disk_explained(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             return file.open("a")
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise ConfigError(
-            f"run_dir: wanted a folder that can be written, found {file.parent}: {error.strerror}. Set another name or "
-            "run_dir."
-        ) from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"run_dir: wanted a folder, found {file.parent}: {error.strerror}.") from error
 
 
 def _held(lock: TextIO) -> bool:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from raydistill.errors import DataError, OutOfSpace, StorageFailed
+from raydistill.errors import ConfigError, DataError, OutOfSpace, StorageFailed
 
 V = TypeVar("V")
 RETRY_SECONDS = (1.0, 3.0, 9.0, 27.0)
@@ -31,13 +31,24 @@ LEFTOVER_SECONDS = 24 * 3600
 """An unfinished file that nobody wrote to for this long has no writer any more."""
 
 
+GS_RETRY_SECONDS = 15
+"""What lies under gs:// tries for a quarter of an hour by default, also to find credentials where there are none."""
+REFUSALS = (
+    "ACCESS_DENIED", "AccessDenied", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "PERMISSION_DENIED", "UNAUTHENTICATED",
+)  # fmt: skip
+"""Words of stores that will not; asking again would not help."""
+
+
 class Store:
-    """A folder, given as a path or as a URI (`s3://…`, `gs://…`)."""
+    """A folder, given as a path or as a URI (`s3://…`, `gs://…`).
+
+    Raises `ConfigError` for a URI that nobody knows, `StorageFailed` for a bucket that cannot be asked where it is.
+    """
 
     def __init__(self, uri: str | os.PathLike[str]):
         self.uri = str(uri).rstrip("/")
         if "://" in self.uri:
-            self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
+            self.filesystem, self.root = _opened(self.uri)
         else:
             self.filesystem, self.root = fs.LocalFileSystem(), str(Path(self.uri).absolute())
 
@@ -96,10 +107,11 @@ class Store:
         """
         if self.is_local:
             final = Path(self.path(name))
-            final.parent.mkdir(parents=True, exist_ok=True)
             part = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
+            with refusal_explained(f"write {final}"), full_disk_explained(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with full_disk_explained(final):
+                with refusal_explained(f"write {final}"), full_disk_explained(final):
                     _write(part, write)
                     with ThreadPoolExecutor(1) as pool:  # hashed while the disk is still writing
                         digest = pool.submit(_sha256, part)
@@ -113,7 +125,10 @@ class Store:
             part = Path(folder) / "file"
             with full_disk_explained(part):
                 _write(part, write)
-            self._patiently(lambda: self._put(part, name), f"write {self.uri}/{name}")
+            try:
+                self._patiently(lambda: self._put(part, name), f"write {self.uri}/{name}")
+            except FileNotFoundError as error:
+                raise ConfigError(f"cannot write {self.uri}/{name}: there is no such bucket: {error}") from error
             return _sha256(part)
 
     def _put(self, part: Path, name: str) -> None:
@@ -138,11 +153,12 @@ class Store:
         pauses = iter(RETRY_SECONDS)
         while True:
             try:
-                return act()
+                with refusal_explained(what):
+                    return act()
             except FileNotFoundError:
                 raise
             except OSError as error:
-                if self.is_local or _is_refusal(error):
+                if self.is_local:
                     raise
                 pause = next(pauses, None)
                 if pause is None:
@@ -212,9 +228,30 @@ def local_folder(uri: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _is_refusal(error: OSError) -> bool:
-    """Whether the store answered that it will not: asking again would not help."""
-    return any(word in str(error) for word in ("ACCESS_DENIED", "AccessDenied", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY"))
+def _opened(uri: str) -> tuple[fs.FileSystem, str]:
+    asked = f"{uri}?retry_limit_seconds={GS_RETRY_SECONDS}" if uri.startswith("gs://") and "?" not in uri else uri
+    try:
+        with refusal_explained(f"open {uri}"):
+            filesystem, root = fs.FileSystem.from_uri(asked)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ConfigError(f"{uri}: wanted a path, s3://bucket/folder or gs://bucket/folder: {error}") from error
+    except OSError as error:
+        raise StorageFailed(f"cannot open {uri}: {error}") from error
+    return filesystem, root
+
+
+@contextlib.contextmanager
+def refusal_explained(what: str) -> Iterator[None]:
+    """Raise `ConfigError` in place of the error of a disk or store that will not let this user do `what`."""
+    try:
+        yield
+    except OSError as error:
+        by_disk = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if not by_disk and not any(word in str(error) for word in REFUSALS):
+            raise
+        raise ConfigError(
+            f"cannot {what}: {error}. Check the name, and that this user or these credentials may read and write there."
+        ) from error
 
 
 def _write(path: Path, write: bytes | str | Callable[[Path], None]) -> None:

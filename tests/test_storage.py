@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raydistill.errors import OutOfSpace
+from raydistill.errors import ConfigError, OutOfSpace
 from raydistill.storage import Store, full_disk_explained
 
 
@@ -55,3 +55,30 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
 def test_what_is_published_is_hashed_as_it_lies_there(tmp_path: Path, scheme: str) -> None:
     store = Store(f"{scheme}{tmp_path}")
     assert store.publish("a", b"some bytes") == hashlib.sha256(b"some bytes").hexdigest() == store.sha256("a")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EACCES, os.strerror(errno.EACCES)),
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+        OSError("AWS Error ACCESS_DENIED during CompleteMultipartUpload operation: Access Denied"),
+        OSError("google::cloud::Status(PERMISSION_DENIED: Permanent error, Received HTTP status code: 403)"),
+    ],
+)
+def test_what_this_user_may_not_do_is_said_in_words_and_asked_once(tmp_path: Path, error: OSError) -> None:
+    asked = []
+
+    def fails(path: Path) -> None:
+        asked.append(path)
+        raise error
+
+    with pytest.raises(ConfigError, match=r"cannot write .*/file: .*these credentials may read and write there"):
+        Store(tmp_path).publish("file", fails)
+    assert len(asked) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_address_that_nobody_knows_is_said_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"^ftp://host/x: wanted a path, s3://bucket/folder or gs://bucket/folder: "):
+        Store("ftp://host/x")

@@ -16,6 +16,7 @@ from test_object_store import content
 from raydistill.cache.build import build_inputs, build_signal
 from raydistill.cache.dense import META, read_dense, read_description
 from raydistill.config.schema import RunConfig
+from raydistill.errors import ConfigError
 from raydistill.storage import Store, local_folder
 
 __all__ = ["gs", "gs_running", "gs_store"]
@@ -51,6 +52,13 @@ def test_the_description_of_a_shard_on_google_storage_is_read_without_the_shard(
     gs_store.publish("x.safetensors", lambda path: save_file({"x": torch.ones(3)}, path, metadata=metadata))
     assert read_description(gs_store, "x.safetensors") == {"rows": 3}
     assert read_dense(gs_store, "x.safetensors").tensor("x").tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_bucket_that_is_not_there_is_said_in_words(gs: GsServer) -> None:
+    store = Store("gs://another-bucket/x")
+    assert not store.exists("a")
+    with pytest.raises(ConfigError, match=r"cannot write gs://another-bucket/x/a: there is no such bucket"):
+        store.publish("a", "text")
 
 
 @pytest.mark.slow
