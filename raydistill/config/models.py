@@ -188,9 +188,11 @@ class ProjectionInit(Config):
                 raise ValueError(f"heads.{name}: wanted different heads from 0 in rising order, found {list(kept)}.")
         for pattern in (*self.rename, *self.layers, *self.heads):
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern}: wanted a regular expression, found that it is none: {error}.") from error
+                re.sub(pattern, self.rename.get(pattern, ""), "")  # also reads which groups the teacher's name has
+            except (re.error, IndexError) as error:
+                raise ValueError(
+                    f"{pattern}: wanted a regular expression, and groups that it has, found that it is none: {error}."
+                ) from error
         return self
 
 

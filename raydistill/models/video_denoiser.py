@@ -9,7 +9,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, SignalMismatch
 from raydistill.models.causal_families import family_of
 
 
@@ -31,6 +31,11 @@ def _ask_cogvideox(network: CogVideoXTransformer3DModel, x: Tensor, t: Tensor, t
             "Cosmos-shaped model."
         )
     config: Any = cast(Any, network).config
+    if not config.use_rotary_positional_embeddings and text.shape[1] != config.max_text_seq_length:
+        raise SignalMismatch(
+            f"CogVideoXTransformer3DModel wants captions of {config.max_text_seq_length} places, which its positions "
+            f"are for, found {text.shape[1]}; set max_tokens: {config.max_text_seq_length} in source.text_encoders."
+        )
     rotary = None
     if config.use_rotary_positional_embeddings:
         frames, height, width = x.shape[2], x.shape[3] // config.patch_size, x.shape[4] // config.patch_size

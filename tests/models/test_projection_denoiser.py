@@ -4,17 +4,21 @@ import json
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, DDPMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    CosmosTransformer3DModel,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    WanTransformer3DModel,
+)
 from safetensors.torch import load_file, save_file
 from tiny_denoisers import SCHEDULE, conditioning, save_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl, tiny_unet
 
 from raydistill.config.models import StudentConfig
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError, DataError, SignalMismatch
 from raydistill.models.denoiser import predict, shape_facts
-from raydistill.models.projection.denoiser import open_teacher
 from raydistill.models.projection.heads import map_heads
 from raydistill.models.projection.kernels import Patch, fit_kernel, repatched
-from raydistill.models.projection.run import Sides, project
 from raydistill.models.projection.transformer import transformer_structure
 from raydistill.models.projection.unet import unet_structure
 from raydistill.models.student import build_student, export_student, load_student, publish_student
@@ -139,29 +143,25 @@ def test_equal_shape_is_the_teacher_bit_for_bit(teacher, basis, tmp_path):
     assert max(block.error for block in report.blocks) < 1e-5
 
 
-def test_cogvideox_is_projected_from_its_weights_alone(tmp_path):
-    network = seeded(CogVideoXTransformer3DModel, **COG)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_cogvideox_is_projected_with_and_without_images(rotary, tmp_path):
+    settings = {**COG, "max_text_seq_length": 5, "use_rotary_positional_embeddings": rotary, "attention_head_dim": 16}
+    network = seeded(CogVideoXTransformer3DModel, **settings)
     folder = saved(network, tmp_path)
-    config = StudentConfig.model_validate(
-        {
-            "model": {"library": "diffusers", "source": "x"},
-            "init": {
-                "kind": "projection",
-                "teacher": {"library": "diffusers", "source": str(folder), "dtype": "float32"},
-                "calibration_rows": 0,
-            },
-        }
-    )
-    for changes, coverage in (({}, 1.0), ({"num_attention_heads": 2, "num_layers": 1}, 1.0)):
-        student = seeded(CogVideoXTransformer3DModel, 1, **{**COG, **changes})
-        streamed = open_teacher(config.init.teacher)
-        sides = Sides(
-            "teacher", transformer_structure(streamed.network), streamed, transformer_structure(student), student
-        )
-        report = project(sides, config.init, None)
-        assert report.coverage == coverage
-        if not changes:
-            assert all(torch.equal(t, student.state_dict()[n]) for n, t in network.state_dict().items())
+    same = projected(folder)
+    assert all(torch.equal(t, same.state_dict()[n]) for n, t in network.state_dict().items())
+    assert same.projection.output_error == 0.0
+    smaller = {"num_attention_heads": 2, "num_layers": 1}
+    for init in ({"calibration_rows": 0}, {"depth": "importance"}):
+        report = projected(folder, smaller, **init).projection
+        assert report.coverage == 1.0
+        assert report.spaces["residual"] == "64 → 32, selected"
+
+
+def test_captions_that_cogvideox_has_no_positions_for_are_said(tmp_path):
+    folder = saved(seeded(CogVideoXTransformer3DModel, **COG), tmp_path)
+    with pytest.raises(SignalMismatch, match=r"captions of 226 places, .* found 5; set max_tokens: 226"):
+        projected(folder, {"num_layers": 1, "num_attention_heads": 2})
 
 
 def test_wan_is_asked_about_an_image_as_one_frame():
@@ -222,6 +222,16 @@ def test_a_unet_with_fewer_layers_keeps_the_first_and_of_up_blocks_also_the_last
     assert torch.equal(ours["down_blocks.1.resnets.0.conv2.weight"], theirs["down_blocks.1.resnets.0.conv2.weight"])
     assert torch.equal(ours["up_blocks.0.resnets.1.conv2.weight"], theirs["up_blocks.0.resnets.2.conv2.weight"])
     assert student.projection.coverage == 1.0
+
+
+def test_a_unet_of_fewer_stages_is_not_compared_where_it_sees_another_resolution(tmp_path):
+    changes = {
+        "block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
+        "transformer_layers_per_block": [1], "attention_head_dim": [2],
+    }  # fmt: skip
+    report = projected(saved(tiny_sdxl(), tmp_path), changes, min_coverage=0.1).projection
+    assert {block.error for block in report.blocks} == {None}
+    assert report.output_error > 0
 
 
 def test_channels_of_a_unet_stay_in_the_group_of_their_norm(tmp_path):
@@ -470,6 +480,26 @@ def test_a_unet_from_a_transformer_shares_no_rule(tmp_path):
     pattern = save_pipeline(tiny_sdxl(), tmp_path / "unet")
     with pytest.raises(ConfigError, match="wanted a teacher and a student that share rules"):
         projected(folder, model={"library": "diffusers", "source": str(pattern)}, calibration_rows=0)
+
+
+def test_a_family_without_rules_is_named(tmp_path):
+    network = CosmosTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, text_embed_dim=16,
+        adaln_lora_dim=4, max_size=(4, 8, 8), concat_padding_mask=False,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"wanted a UNet, or .* CogVideoX, .* found CosmosTransformer3DModel"):
+        projected(saved(network, tmp_path), {"num_layers": 1}, calibration_rows=0)
+
+
+def test_a_teacher_that_predicts_something_else_is_noted(tmp_path):
+    teacher = save_pipeline(tiny_sdxl(), tmp_path / "teacher", DDPMScheduler(**SCHEDULE))
+    pattern = save_pipeline(tiny_sdxl(), tmp_path / "v", DDPMScheduler(**SCHEDULE, prediction_type="v_prediction"))
+    report = projected(teacher, model={"library": "diffusers", "source": str(pattern)}).projection
+    assert report.notes == (
+        "the teacher predicts epsilon, the student v_prediction: its output head begins with weights that mean the "
+        "other",
+    )
+    assert report.output_error is None
 
 
 def test_low_coverage_names_what_is_missing_and_builds_nothing(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, tiny
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from raydistill.config.models import StudentConfig
+from raydistill.config.models import ProjectionInit, StudentConfig
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.assemble import own_state
 from raydistill.models.student import build_student, load_student, publish_student
@@ -508,6 +509,22 @@ def test_the_init_folder_holds_the_report_and_loads(tmp_path):
             {"rename": {r"lm_head\.weight": "head.weight"}},
             "wanted the teacher's tensor head.weight for lm_head.weight",
         ),
+        (
+            {},
+            {"rename": {r"lm_head\.weight": "model.layers.0.mlp.up_proj.weight"}},
+            r"axes mean what those of lm_head.weight do \(vocab, residual\), found .*up_proj.weight \(blocks.0.mlp.in",
+        ),
+        (
+            {},
+            {"rename": {"head": "lm_head.weight"}},
+            "init.rename: .* the student's tensors, found head, which matches",
+        ),
+        ({}, {"layers": {"h": (0, 1)}}, "init.layers: .* lists of blocks, found h, which matches none of model"),
+        (
+            {},
+            {"heads": {"attn": (0,)}},
+            "init.heads: .* attention modules, found attn, .* model.layers.0.self",
+        ),
         ({"hidden_size": 16}, {"rows": None}, "wanted 16 rows of the inputs cache, found none at hand"),
     ],
 )
@@ -537,6 +554,20 @@ def test_a_missing_and_a_truncated_tensor_are_said(tmp_path):
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cannot read .*model.safetensors as safetensors"):
         projected(folder, {"hidden_size": 16})
+
+
+def test_patterns_and_their_groups_are_checked_before_anything_is_read():
+    for rename, message in (({"(": "x"}, "unterminated"), ({r"lm_head\.weight": r"model\2"}, "group reference 2")):
+        with pytest.raises(ValidationError, match=message):
+            ProjectionInit(kind="projection", rename=rename)
+
+
+def test_numbers_that_are_not_finite_are_said_and_not_passed_on(tmp_path):
+    teacher = llama()
+    with torch.no_grad():
+        teacher.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
+    with pytest.raises(DataError, match=r"finite numbers .* found some that are not, made from .*up_proj.weight"):
+        projected(saved(teacher, tmp_path), {"num_hidden_layers": 3}, depth=(0, 1, 3), calibration_rows=0)
 
 
 def test_a_shard_that_is_not_there_is_said(tmp_path):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
@@ -17,8 +12,7 @@ from raydistill.config.models import DiffusersModel, ProjectionInit
 from raydistill.diffusion.process import Process
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.blocks import kept_prefixes
-from raydistill.models.denoiser import NETWORKS, blank_network, load_denoiser, predict, process_of, stored
-from raydistill.models.parts import load_errors_explained
+from raydistill.models.denoiser import blank_network, load_denoiser, predict, process_of, stored
 from raydistill.models.projection.measure import Batch, Calibration, Rows
 from raydistill.models.projection.report import ProjectionReport
 from raydistill.models.projection.run import Sides, project
@@ -27,12 +21,9 @@ from raydistill.models.projection.structure import Structure
 from raydistill.models.projection.tensors import FileTensors, MemoryTensors, Tensors
 from raydistill.models.projection.transformer import transformer_structure
 from raydistill.models.projection.unet import unet_structure
-from raydistill.signals import JsonValue
 
 PATCH = 4
 """Numbers of a latent channel that make a token, about."""
-UNASKED: dict[str, type[ModelMixin]] = {"CogVideoXTransformer3DModel": CogVideoXTransformer3DModel}
-"""Classes that can be projected but not asked for a prediction of an image, by their name in config.json."""
 
 
 def project_denoiser(
@@ -46,11 +37,17 @@ def project_denoiser(
     teacher = init.teacher
     assert isinstance(teacher, DiffusersModel), "the configuration requires teachers of one kind"
     streamed = open_teacher(teacher)
-    calibration = None
-    if init.calibration_rows:
-        calibration = _calibration(streamed.network, student, process_of(teacher), process, rows, init, teacher.source)
     theirs = structure_of(streamed.network, f"teacher {teacher.source}")
     ours = structure_of(student, f"student {source}")
+    calibration, notes = None, _differences(streamed.network, student)
+    if init.calibration_rows:
+        asked = process_of(teacher)
+        calibration = _calibration(student, asked, process, rows, init)
+        if asked.prediction_type != process.prediction_type:
+            notes += (
+                f"the teacher predicts {asked.prediction_type}, the student {process.prediction_type}: its output head "
+                "begins with weights that mean the other",
+            )
     return project(
         Sides(
             source=teacher.source,
@@ -59,7 +56,7 @@ def project_denoiser(
             student=ours,
             network=student,
             moved=moved_stages(student, streamed.network),
-            notes=_differences(streamed.network, student),
+            notes=notes,
         ),
         init,
         calibration,
@@ -75,8 +72,9 @@ def structure_of(network: nn.Module, who: str) -> Structure:
     )
     if found is None:
         raise ConfigError(
-            f"student.init ({who}): wanted {', '.join([*NETWORKS, *UNASKED])}, found {type(network).__name__}, for "
-            "which there are no rules. Use init.kind: blocks, which keeps the width."
+            f"student.init ({who}): wanted a UNet, or a transformer of Wan, CogVideoX, PixArt or Stable Diffusion 3, "
+            f"found {type(network).__name__}, for which there are no rules. Use init.kind: blocks, which keeps the "
+            "width."
         )
     return found
 
@@ -97,12 +95,12 @@ def open_teacher(teacher: DiffusersModel) -> Streamed:
             "so its weights do not fit; drop the overrides."
         )
     config, files = stored(teacher)
-    network = blank_teacher(config, source=teacher.source)
+    network = blank_network(config, source=teacher.source)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     tensors: Tensors = FileTensors(files)
     found = tensors.shapes
     missing = sorted(set(wanted) - set(found))
-    if 2 * len(missing) > len(wanted) and isinstance(network, tuple(NETWORKS.values())):
+    if 2 * len(missing) > len(wanted):
         # One file with the names of the family's original code, which diffusers reads as a whole.
         print(f"{teacher.source}: its file does not name tensors as diffusers does; reading the whole", flush=True)
         network = load_denoiser(teacher)
@@ -118,16 +116,6 @@ def open_teacher(teacher: DiffusersModel) -> Streamed:
     return Streamed(network, tensors, getattr(torch, teacher.dtype), _streamed_parts(network), {})
 
 
-def blank_teacher(config: Mapping[str, JsonValue], *, source: str) -> ModelMixin:
-    """A teacher's network, parameters on the meta device, buffers real."""
-    kind: Any = UNASKED.get(str(config.get("_class_name")))
-    if kind is None:
-        return blank_network(config, source=source)
-    with load_errors_explained(source), init_empty_weights(include_buffers=False):
-        network: ModelMixin = kind.from_config(dict(config))
-    return network.eval()
-
-
 def _streamed_parts(network: nn.Module) -> tuple[str, ...]:
     """Modules that are read one after another: blocks of a transformer, stages of a UNet."""
     names = ("blocks", "transformer_blocks", "down_blocks", "up_blocks")
@@ -136,21 +124,10 @@ def _streamed_parts(network: nn.Module) -> tuple[str, ...]:
 
 
 def _calibration(
-    teacher: nn.Module,
-    student: nn.Module,
-    theirs: Process,
-    ours: Process,
-    rows: Rows | None,
-    init: ProjectionInit,
-    source: str,
+    student: nn.Module, theirs: Process, ours: Process, rows: Rows | None, init: ProjectionInit
 ) -> Calibration:
     """How denoisers are run: both on the images that the teacher's process noises; the outputs are compared where both
     predict the same thing."""
-    if not isinstance(teacher, tuple(NETWORKS.values())):
-        raise ConfigError(
-            f"student.init.calibration_rows: wanted a teacher that can be asked about images, found "
-            f"{type(teacher).__name__} ({source}); set calibration_rows: 0, which goes by the weights alone."
-        )
     if rows is None:
         raise ConfigError(
             f"student.init.calibration_rows: wanted {init.calibration_rows} rows of the inputs cache, found none at "

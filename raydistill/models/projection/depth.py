@@ -79,7 +79,7 @@ def choose_lists(
         own, where = rule_of(rule, layers, blocks)
         known = [removal[module] for module in there.modules] if removal else None
         chosen[blocks.name] = choose_blocks(
-            own, len(there.modules), len(blocks.modules), removal=known, where=f"{where} ({_list_of(blocks)})"
+            own, len(there.modules), len(blocks.modules), removal=known, where=f"{where} ({list_of(blocks)})"
         )
     return chosen
 
@@ -87,10 +87,11 @@ def choose_lists(
 def rule_of(rule: Depth, layers: Mapping[str, tuple[int, ...]], blocks: BlockList) -> tuple[Depth, str]:
     """The rule for a list of blocks, and the key of the configuration that it comes from."""
     for pattern, kept in layers.items():
-        if re.fullmatch(pattern, _list_of(blocks)):
+        if re.fullmatch(pattern, list_of(blocks)):
             return kept, f"student.init.layers.{pattern}"
     return rule, "student.init.depth"
 
 
-def _list_of(blocks: BlockList) -> str:
+def list_of(blocks: BlockList) -> str:
+    """The name of a list in its network, e.g. `model.layers`."""
     return blocks.modules[0].rpartition(".")[0] if blocks.modules else blocks.name

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel, StudentConfig, TransformersModel
 from raydistill.config.world import WorldModel
-from raydistill.models.denoiser import NETWORKS, empty_denoiser, with_one_sample
+from raydistill.models.denoiser import blank_network, empty_denoiser, with_one_sample
 from raydistill.models.denoiser import denoiser_config as denoiser_settings
 from raydistill.models.load import empty_language_model, language_config
-from raydistill.models.projection.denoiser import PATCH, blank_teacher, moved_stages
+from raydistill.models.projection.denoiser import PATCH, moved_stages
 from raydistill.models.projection.denoiser import structure_of as denoiser_structure
 from raydistill.models.projection.language_student import blank_language_model
 from raydistill.models.projection.language_student import structure_of as language_structure
@@ -109,13 +109,13 @@ def _blank(source: TransformersModel | PythonModel) -> PreTrainedModel:
 
 
 def _denoiser(model: DiffusersModel, source: DiffusersModel, init: ProjectionInit, row: Row) -> Forecast:
-    teacher = blank_teacher(denoiser_settings(source), source=source.source)
+    teacher = blank_network(denoiser_settings(source), source=source.source)
     student = empty_denoiser(model)
     theirs = denoiser_structure(teacher, f"teacher {source.source}")
     ours = denoiser_structure(student, f"student {model.source}")
     sides = _sides(source.source, teacher, theirs, student, ours, {}, moved_stages(student, teacher))
     activations = 0
-    if init.calibration_rows and isinstance(teacher, tuple(NETWORKS.values())):
+    if init.calibration_rows:
         numbers, pixels = _largest_block(teacher, row)
         images = min(init.calibration_rows, max(1, PIXELS // pixels))
         if init.depth == "importance":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raydistill.config.models import ProjectionInit
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, DataError
 from raydistill.models.projection.bases import EXPERT, Bases
 from raydistill.models.projection.kernels import fit_kernel
 from raydistill.models.projection.maps import Map, Mix
@@ -69,13 +69,32 @@ class Projector:
             target = state[piece.stored][piece.index]
             found = self._made(piece, target.shape)
             if found is None:
+                self._require_not_renamed(piece)
                 filled.add(piece, "random", set(), piece.size)
                 continue
             value, exact, sources = found
+            if not value.is_meta and not bool(value.isfinite().all()):
+                raise DataError(
+                    f"wanted finite numbers for the student's {piece.stored}, found some that are not, made from the "
+                    f"teacher's {', '.join(sorted(sources))}. Its weights are damaged, or it overflowed on the "
+                    "calibration rows: set student.init.teacher.dtype: float32, or copy it again."
+                )
             target[tuple(slice(0, n) for n in value.shape)].copy_(value)
             missing = piece.size - value.numel()
             filled.add(piece, "exact" if exact and not missing else "projected", sources, missing)
         return filled
+
+    def _require_not_renamed(self, piece: Piece) -> None:
+        """`ConfigError` for a piece of the student that has nothing of the tensor which the user named for it."""
+        for pattern in self._init.rename:
+            if re.fullmatch(pattern, piece.stored):
+                source = self.source_of(piece)
+                assert source is not None, "a tensor of that name was found"
+                raise ConfigError(
+                    f"student.init.rename.{pattern}: wanted a tensor of the teacher whose axes mean what those of "
+                    f"{piece.stored} do ({', '.join(piece.spaces)}), found {source.stored} ({', '.join(source.spaces)}"
+                    f"; {list(source.shape)}). Name another one, or leave it out."
+                )
 
     def source_of(self, piece: Piece) -> Piece | None:
         """The teacher's piece that a piece of the student is made from."""

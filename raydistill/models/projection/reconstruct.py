@@ -48,12 +48,13 @@ class Side:
 
 def compare(
     teacher: Side, student: Side, pairs: Sequence[Pair], calibration: Calibration
-) -> tuple[tuple[float, ...], float]:
+) -> tuple[tuple[float | None, ...], float]:
     """Relative error of what each block of the student adds to its stream, and how far the student's output is from the
     teacher's, on the first rows.
 
     For the blocks each is given the projected input of the teacher's block:
-    |student's addition - projected addition of the teacher| / |projected addition of the teacher|.
+    |student's addition - projected addition of the teacher| / |projected addition of the teacher|; None where the
+    student's block stands at another resolution, as in a UNet of fewer stages.
     """
     kept = 2 * sum(pair.stream.size for pair in pairs)
     batch = calibration.few(calibration.batches[0], NUMBERS // max(kept, 1))
@@ -67,7 +68,7 @@ def compare(
     errors: dict[str, float] = {}
     with _fed(student, pairs, taken, given, errors, batch.get("valid")), torch.no_grad():
         calibration.run(student.network, batch)
-    return tuple(errors[pair.student] for pair in pairs), output
+    return tuple(errors.get(pair.student) for pair in pairs), output
 
 
 @contextmanager
@@ -103,14 +104,18 @@ def _fed(
     def feed(name: str) -> Callable[..., Any]:
         def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            bound.arguments[STREAM] = taken[name].to(bound.arguments[STREAM].dtype)
+            if bound.arguments[STREAM].shape == taken[name].shape:
+                bound.arguments[STREAM] = taken[name].to(bound.arguments[STREAM].dtype)
             return bound.args, bound.kwargs
 
         return put
 
     def look_at(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            ours, wanted = side.given(output).float() - taken[name], given[name] - taken[name]
+            out = side.given(output).float()
+            if out.shape != taken[name].shape:
+                return
+            ours, wanted = out - taken[name], given[name] - taken[name]
             if valid is not None and valid.shape == wanted.shape[:2]:
                 ours, wanted = ours[valid], wanted[valid]
             errors[name] = float((ours - wanted).norm() / wanted.norm().clamp_min(1e-20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import nn
 from raydistill.config.models import ProjectionInit
 from raydistill.errors import ConfigError
 from raydistill.models.projection.bases import Bases
-from raydistill.models.projection.depth import choose_lists, rule_of
+from raydistill.models.projection.depth import choose_lists, list_of, rule_of
 from raydistill.models.projection.maps import described
 from raydistill.models.projection.match import Match
 from raydistill.models.projection.measure import Calibration, Measured, kept_lengths, measure, removal_changes
@@ -72,6 +73,7 @@ def _filled(
     chosen = choose_lists(init.depth, init.layers, sides.teacher, sides.student, sides.moved, measured.removal)
     match = Match(sides.teacher, sides.student, _moved(sides, chosen))
     _require_rule(sides, match)
+    _require_patterns(sides.student, init)
     bases = Bases(sides.teacher, sides.student, sides.streamed.tensors, init, measured, match)
     if calibration is not None:
         measured.kept = _kept(sides, bases, calibration)
@@ -146,6 +148,22 @@ def _require_rule(sides: Sides, match: Match) -> None:
         f"student.init: wanted a teacher and a student that share rules, found none that name tensors of both "
         f"{sides.source} ({sides.teacher.family}) and the student ({sides.student.family}). Choose two of one kind."
     )
+
+
+def _require_patterns(student: Structure, init: ProjectionInit) -> None:
+    """`ConfigError` for a pattern of the user that nothing of the student matches."""
+    tensors = sorted({piece.stored for piece in student.pieces.values()})
+    for key, what, patterns, names in (
+        ("rename", "tensors", init.rename, tensors),
+        ("layers", "lists of blocks", init.layers, [list_of(blocks) for blocks in student.lists]),
+        ("heads", "attention modules", init.heads, [attention.module for attention in student.attentions.values()]),
+    ):
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise ConfigError(
+                    f"student.init.{key}: wanted a regular expression over whole names of the student's {what}, found "
+                    f"{pattern}, which matches none of {', '.join(names[:3])}{', …' if len(names) > 3 else ''}."
+                )
 
 
 def _require_coverage(report: ProjectionReport, init: ProjectionInit) -> None:
