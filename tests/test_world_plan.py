@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
-from world_toys import SIZES, TEACHER, build_signal, run_config, small_world, teacher_folder, write_episodes
+from world_toys import (
+    SIZES,
+    TEACHER,
+    build_signal,
+    run_config,
+    small_world,
+    teacher_folder,
+    teacher_section,
+    write_episodes,
+)
 
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
@@ -61,3 +70,31 @@ def test_the_shipped_student_is_a_thirty_seventh_of_its_teacher() -> None:
     text = table(found)
     assert "asked online" in text
     assert "fewer FLOP per frame" in text
+
+
+def test_the_plan_has_what_chooses_between_keeping_keeping_less_and_asking(tmp_path: Path) -> None:
+    teacher_folder(tmp_path / "teacher")
+    game = {"id": "crafter", "episodes": 10, "steps": 8}
+    source = {"kind": "episodes", "environment": game, "frame_size": [12, 12], "num_actions": 5, "clip_frames": 5}
+    plans = {}
+    for online in ("no", "local", "actors"):
+        section = teacher_section(tmp_path, online=online)
+        found = plan(run_config(tmp_path, source=source, teachers=[section]))
+        assert isinstance(found, WorldPlan)
+        plans[online] = found
+    kept, local = plans["no"].teachers[0], plans["local"].teachers[0]
+    assert (kept.clip_bytes, kept.total_bytes) == (local.clip_bytes, 20 * (kept.clip_bytes or 0))
+    assert local.total_bytes == 0
+    (change,) = kept.smaller  # its widths are below any rank worth trying
+    assert change == "store_dtype: float16"
+    assert kept.smaller[change] < (kept.clip_bytes or 0)
+    assert kept.sent_bytes == kept.clip_bytes  # which is in fp32 already
+    assert (local.hours, local.other_hours) == (kept.other_hours, kept.hours)
+    memory = [plans[online].phases[0].memory for online in ("no", "local", "actors")]
+    assert memory[0] is not None
+    assert memory[1] is not None
+    assert memory[1].device - memory[0].device == local.weight_bytes
+    assert memory[2] == memory[0]
+    text = table(plans["actors"])
+    for words in ("per clip with store_dtype: float16", "local:", "in each of 1 workers", "at most", "asked online"):
+        assert words in text

@@ -203,8 +203,9 @@ class WorldTeacher(Config):
     """Number format in which the signal is stored."""
     batch_rows: int = Field(default=8, ge=1)
     """Clips in one teacher batch. A part of the cache's identity."""
-    online: Literal["no", "local"] = "no"
-    """`local` keeps no cache: the teacher runs beside the student in every training process."""
+    online: Literal["no", "local", "actors"] = "no"
+    """`local` and `actors` keep no cache: the teacher is asked in every training step, in the training process itself or
+    in a pool of Ray actors on `resources.teacher`. `--plan` has the numbers that choose."""
 
     _plain_taps = field_validator("taps", mode="before", json_schema_input_type=dict[Name, Tap | str])(_taps)
 
@@ -229,7 +230,7 @@ class RolloutTeacher(WorldTeacher):
     @model_validator(mode="after")
     def _cached(self) -> Self:
         if self.online != "no":
-            raise ValueError("online: rollouts are kept in a cache, found local; use signal: features.")
+            raise ValueError(f"online: rollouts are kept in a cache, found {self.online}; use signal: features.")
         return self
 
 

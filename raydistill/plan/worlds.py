@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +22,8 @@ from raydistill.plan.estimate import MemoryPlan, memory_of, total_of
 from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
 from raydistill.train.parameters import parameter_groups
 
+RANK = 64
+"""What `rank` is tried with, beside the configured one."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BACKWARD = 2.0
 """FLOP of a backward pass over those of the forward pass."""
@@ -55,8 +59,12 @@ class WorldTeacherPlan(Config):
     """Accelerator hours of asking it about every clip once, or, online, in every step."""
     other_hours: float | None
     """The same for the other way: online if it is cached, cached if it is online."""
-    online: bool
-    """Whether it is asked while the student trains."""
+    online: Literal["no", "local", "actors"]
+    """Whether, and where, it is asked while the student trains."""
+    smaller: dict[str, float]
+    """Bytes per clip under settings that keep less, by the settings."""
+    sent_bytes: float | None
+    """Bytes per clip and step that actors would send to a worker at most: all of the signal in fp32."""
 
 
 class WorldPhasePlan(Config):
@@ -116,10 +124,15 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
     student = _counted("student", config.student.model, source, missing)
     workers = config.resources.train.workers
     fewest = max(1, workers if isinstance(workers, int) else workers[0])
-    phases = tuple(_phase(phase, config, student, clips, rate, fewest) for phase in config.phases)
-    taught = total_of([p.clips for p, c in zip(phases, config.phases, strict=True) if c.recipe.uses_teacher])
+    seen = [_clips_seen(phase, config, clips) for phase in config.phases]
+    taught = total_of([n for n, phase in zip(seen, config.phases, strict=True) if phase.recipe.uses_teacher])
     teachers = tuple(
         _teacher(t, config, clips, taught, rate, missing) for t in config.teachers if isinstance(t, WorldTeacher)
+    )
+    beside = _local_bytes(teachers)
+    phases = tuple(
+        _phase(phase, config, student, n, rate, fewest, beside if phase.recipe.uses_teacher else 0.0)
+        for n, phase in zip(seen, config.phases, strict=True)
     )
     hours = total_of([*(t.hours for t in teachers), *(p.hours for p in phases)])
     price = config.plan.price_of()
@@ -180,10 +193,16 @@ def _teacher(
     teacher: WorldTeacher, config: RunConfig, clips: int | None, taught: float | None, rate: float, missing: list[str]
 ) -> WorldTeacherPlan:
     source, online = config.episodes, teacher.online != "no"
+    smaller: dict[str, float] = {}
+    sent = None
     counts = _counted(f"teacher {teacher.name}", teacher.model, source, missing)
     per_clip_bytes = hours = other = None
     if counts is not None and isinstance(teacher.model, WorldModel):
-        per_clip_bytes = float(signal_bytes(teacher, world_sizes(teacher.model), source.clip_frames))
+        sizes = world_sizes(teacher.model)
+        per_clip_bytes = float(signal_bytes(teacher, sizes, source.clip_frames))
+        smaller = _smaller(teacher, sizes, source.clip_frames, per_clip_bytes)
+        whole = teacher.model_copy(update={"store_dtype": "float32"})
+        sent = float(signal_bytes(whole, sizes, source.clip_frames))
         flops = counts.clip_flops + (
             counts.frame_flops * (source.clip_frames - 1) if teacher.signal == "rollout" else 0
         )
@@ -199,8 +218,22 @@ def _teacher(
         total_bytes=total,
         hours=hours,
         other_hours=None if teacher.signal == "rollout" else other,
-        online=online,
+        online=teacher.online,
+        smaller=smaller,
+        sent_bytes=None if teacher.signal == "rollout" else sent,
     )
+
+
+def _smaller(teacher: WorldTeacher, sizes: WorldSizes, clip_frames: int, kept: float) -> dict[str, float]:
+    """Bytes per clip at half precision, at a low rank, and at both, as far as that is less than what is kept now."""
+    half: dict[str, object] = {"store_dtype": "float16"}
+    low: dict[str, object] = {"rank": min(RANK, teacher.rank or RANK)}
+    found: dict[str, float] = {}
+    for change in (half, low, {**half, **low}):
+        size = signal_bytes(teacher.model_copy(update=change), sizes, clip_frames)
+        if size < min([kept, *found.values()]):
+            found[", ".join(f"{key}: {value}" for key, value in change.items())] = float(size)
+    return found
 
 
 def signal_bytes(teacher: WorldTeacher, sizes: WorldSizes, clip_frames: int) -> int:
@@ -227,14 +260,27 @@ def _kept(teacher: WorldTeacher, name: str, feature: Tensor) -> int:
     return feature.numel() // width * min(width, rank or width)
 
 
+def _clips_seen(phase: PhaseConfig, config: RunConfig, clips: int | None) -> float | None:
+    """Clips that a phase trains on, each as often as it is shown."""
+    if phase.steps is not None:
+        return float(phase.steps * phase.batch.global_size)
+    if clips is None or phase.epochs is None:
+        return None
+    return phase.epochs * clips * (1 - config.evaluate.held_out)
+
+
 def _phase(
-    phase: PhaseConfig, config: RunConfig, student: WorldCounts | None, clips: int | None, rate: float, workers: int
+    phase: PhaseConfig,
+    config: RunConfig,
+    student: WorldCounts | None,
+    seen: float | None,
+    rate: float,
+    workers: int,
+    beside: float,
 ) -> WorldPhasePlan:
-    steps, seen = phase.steps, None
-    if steps is not None:
-        seen = float(steps * phase.batch.global_size)
-    elif clips is not None and phase.epochs is not None:
-        seen = phase.epochs * clips * (1 - config.evaluate.held_out)
+    """The cost of a phase that trains on `seen` clips, with `beside` bytes of teachers in each worker."""
+    steps = phase.steps
+    if steps is None and seen is not None:
         steps = -(-int(seen) // phase.batch.global_size)
     trained = memory = hours = None
     if student is not None:
@@ -244,11 +290,17 @@ def _phase(
         parameter_groups(network, phase.trainable, next(iter(phase.optimizer.values())), where=where)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         memory = memory_of(student.parameters, trained, phase, workers)
+        memory = memory.model_copy(update={"device": memory.device + beside})
         passes = 1 + BACKWARD + (1 if config.student.gradient_checkpointing else 0)
         hours = None if seen is None else passes * student.clip_flops * seen / rate / 3600
     return WorldPhasePlan(
         name=phase.name, steps=steps, clips=seen, trained_parameters=trained, hours=hours, memory=memory
     )
+
+
+def _local_bytes(teachers: tuple[WorldTeacherPlan, ...]) -> float:
+    """Weights of the teachers that are asked in the training process itself, as far as they are known."""
+    return float(sum(t.weight_bytes or 0 for t in teachers if t.online == "local"))
 
 
 def world_table(plan: WorldPlan) -> str:
@@ -280,11 +332,13 @@ def _size(counts: WorldCounts | None) -> str:
 def _teacher_lines(teacher: WorldTeacherPlan, plan: WorldPlan) -> Section:
     counts, name = teacher.counts, plan.accelerator
     kept = f"{bytes_of(teacher.clip_bytes)} per clip, {bytes_of(teacher.total_bytes)}"
-    way, other = ("asked online", "a cache") if teacher.online else ("cached", "asking online")
+    asked = teacher.online != "no"
+    way, other = ("asked online", "a cache") if asked else ("cached", "asking online")
     lines = [
         ("parameters", _size(counts)),
         ("weights", f"{bytes_of(teacher.weight_bytes)}{too_big(teacher.weight_bytes, name)}"),
-        ("signal", f"none is kept ({kept.partition(',')[0]} if it were)" if teacher.online else kept),
+        ("signal", f"none is kept ({kept.partition(',')[0]} if it were)" if asked else kept),
+        *(("", f"{bytes_of(size)} per clip with {change}") for change, size in teacher.smaller.items()),
         ("forward", f"{si(counts.clip_flops if counts else None, 'FLOP')}/clip"),
         ("play", f"{si(counts.frame_flops if counts else None, 'FLOP')}/frame"),
         ("time", f"{hours_of(teacher.hours, name)}, {way}"),
@@ -292,6 +346,10 @@ def _teacher_lines(teacher: WorldTeacherPlan, plan: WorldPlan) -> Section:
     if teacher.other_hours is not None and teacher.hours is not None:
         cheaper = way if teacher.hours <= teacher.other_hours else other
         lines.append(("", f"({other}: {hours_of(teacher.other_hours, name)}; cheaper is {cheaper})"))
+    if teacher.sent_bytes is not None:
+        held = bytes_of(teacher.weight_bytes)
+        lines.append(("online", f"local: {held} in each of {plan.workers} workers"))
+        lines.append(("", f"actors: {held} in each, and at most {bytes_of(teacher.sent_bytes)} per clip to a worker"))
     return f"Teacher {teacher.name}", lines
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from raydistill.config.base import Config
-from raydistill.signals import Batch, Draws, JsonValue, Teacher
+from raydistill.signals import Batch, Draws, JsonValue
 
 C = TypeVar("C", bound=Config)
+
+
+class OnlineTeacher(Protocol):
+    """A teacher that is asked while a student trains."""
+
+    def start(self, batch: Batch, fields: Sequence[str]) -> Callable[[], Batch]:
+        """Ask about a micro-batch; the result waits for the named fields of the answer, which may lie on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,7 @@ class TeacherView:
     weight: float
     """Share of the loss; the weights of all teachers of a phase sum to 1."""
     facts: Mapping[str, JsonValue]
-    online: Teacher | None = None
+    online: OnlineTeacher | None = None
     """The teacher itself, where it is asked in every step instead of being read from a cache."""
 
     def field(self, batch: Batch, name: str) -> Tensor:

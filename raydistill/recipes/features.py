@@ -112,12 +112,12 @@ class Features(Recipe[FeaturesRecipe]):
         config, valid = self.config, self._valid(batch)
         teachers = self._asked(rng)
         frames, actions = self._clips(batch, teachers)
-        if any(t.online is not None for t in teachers):
-            batch = {**batch, **self._said(teachers, frames, actions, valid)}
+        answers = self._asked_of(teachers, {"frames": frames, "actions": actions, "valid": valid})
         clips = frames.to(next(self._world.parameters()).dtype) / 255
         check_clips(clips, actions, self._world, where="recipe features: the student")
         with self._taps:
             out = self._world(clips, actions, predict=self._predicts, reconstruct=config.reconstruction > 0)
+        batch = {**batch, **answers()}
         parts = self._task(out, clips, valid, 1 - config.alpha)
         for teacher in teachers:
             share = config.alpha * self._share(teacher, teachers)
@@ -147,16 +147,13 @@ class Features(Recipe[FeaturesRecipe]):
             return teachers[0].field(batch, "trajectory"), teachers[0].field(batch, "actions").long()
         return batch["frames"], batch["actions"]
 
-    def _said(
-        self, teachers: Sequence[TeacherView], frames: Tensor, actions: Tensor, valid: Tensor
-    ) -> dict[str, Tensor]:
-        """What the teachers that are online say of these clips, by the names under which a cache would hold it."""
-        said: dict[str, Tensor] = {}
-        for teacher in teachers:
-            if teacher.online is not None:
-                found = teacher.online({"frames": frames, "actions": actions, "valid": valid})
-                said |= {f"{teacher.name}/{name}": values.to(frames.device) for name, values in found.items()}
-        return said
+    def _asked_of(self, teachers: Sequence[TeacherView], clips: Batch) -> Callable[[], dict[str, Tensor]]:
+        """Ask those that are online; the result waits for what they say, by the names under which a cache has it."""
+        place = clips["frames"].device
+        answers = {t.name: t.online.start(clips, self._fields(t)) for t in teachers if t.online is not None}
+        return lambda: {
+            f"{name}/{field}": values.to(place) for name, said in answers.items() for field, values in said().items()
+        }
 
     def _task(self, out: WorldOutput, clips: Tensor, valid: Tensor, share: float) -> dict[str, Part]:
         config, parts = self.config, {}

@@ -32,6 +32,7 @@ from raydistill.train.job import FINAL, PhaseJob, PhaseResult, finished
 from raydistill.train.loop import train
 from raydistill.train.metrics import Metrics, require_trackers
 from raydistill.train.online import score_pool
+from raydistill.train.online_worlds import world_pools
 from raydistill.train.prepare import prepare
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def train_phase(
     if done is not None:
         return done
     resources = job.config.resources.train
-    with score_pool(job, connect):
+    with score_pool(job, connect), world_pools(job, connect):
         if resources.workers == 0:
             progressed = run_worker(job, report or _nobody)
         else:

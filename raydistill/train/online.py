@@ -1,15 +1,12 @@
 """Teachers that are asked while a student trains: in the worker itself, or in a pool of Ray actors.
 
-Both answer with the same code on the whole micro-batch, so they say the same. The driver holds the pool; a rank finds
-its actor by name.
+Both answer with the same code on the whole micro-batch, so they say the same.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raydistill import errors
 from raydistill.config.models import DiffusersModel
 from raydistill.config.recipes import CausalConsistencyRecipe, SelfForcingRecipe
 from raydistill.config.schema import RunConfig, TeacherResources
 from raydistill.config.training import PhaseConfig
-from raydistill.errors import RaydistillError
 from raydistill.memory import keep_freed_memory
 from raydistill.models.denoiser import load_denoiser, process_of
 from raydistill.models.score import LocalScore, Score
 from raydistill.recipes.online import Online
 from raydistill.signals import Batch
+from raydistill.train.actors import Failure, Pool, actor_of, actor_pools, array, failure_of, tensor
 from raydistill.train.job import PhaseJob
 
 CONDITIONS = ("prompt_embeds", "empty_embeds", "pooled", "empty_pooled", "time_ids")
 """What of a batch a teacher is told."""
+POOL = "score"
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def online_teacher(job: PhaseJob, *, rank: int) -> Online | None:
 
 
 class ScoreActor:
-    """One teacher in a process of its own; it speaks in NumPy arrays, which Ray hands on without a copy."""
+    """A teacher that answers ranks."""
 
     def __init__(self, asked: Asked, share: TeacherResources):
         keep_freed_memory()
@@ -94,14 +91,9 @@ class ScoreActor:
         self._device = torch.device("cuda" if share.gpus > 0 else "cpu")
         self._asked = asked
 
-    def ready(self) -> tuple[str, str] | None:
-        """Returns once the teacher is loaded, or the class and message of the `RaydistillError` that this raised: of
-        errors while an actor is made, Ray tells no more than their text."""
-        try:
-            _ = self._score
-        except RaydistillError as error:
-            return type(error).__name__, str(error)
-        return None
+    def ready(self) -> Failure:
+        """Returns once the teacher is loaded."""
+        return failure_of(lambda: self._score)
 
     @cached_property
     def _score(self) -> LocalScore:
@@ -117,76 +109,27 @@ class ScoreActor:
         return found
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(values)).to(self._device)
+        return tensor(values).to(self._device)
 
 
 class ActorScore:
-    """The teacher of a rank: one actor of the pool, which several ranks may share."""
+    """The teacher of a rank: one actor of the pool."""
 
     def __init__(self, job: PhaseJob, rank: int):
-        import ray
-
-        self._actor: Any = ray.get_actor(_name(job, rank % _pool_size(job)))
+        self._actor: Any = actor_of(job, POOL, rank)
 
     def start(self, x_t: Tensor, t: Tensor, batch: Batch, context: Tensor | None = None) -> Callable[[], Tensor]:
         """Send the question; the result waits for the answer, so that the rank can compute meanwhile."""
         import ray
 
-        told = {name: _array(batch[name]) for name in CONDITIONS if name in batch}
-        known = None if context is None else _array(context)
-        answer = self._actor.clean.remote(_array(x_t), _array(t), told, known)
-        return lambda: torch.from_numpy(np.array(ray.get(answer))).to(x_t.device)
+        told = {name: array(batch[name]) for name in CONDITIONS if name in batch}
+        known = None if context is None else array(context)
+        answer = self._actor.clean.remote(array(x_t), array(t), told, known)
+        return lambda: tensor(ray.get(answer)).to(x_t.device)
 
 
-@contextmanager
-def score_pool(job: PhaseJob, connect: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Actors that answer for the teacher of a phase, if it wants them, while the phase trains; `connect` brings Ray up.
-
-    `ConfigError` when the cluster has no room for the fewest; a teacher that cannot be loaded raises what it raised.
-    """
+def score_pool(job: PhaseJob, connect: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
+    """Actors that answer for the teacher of a phase, if it wants them, while the phase trains; see `actor_pools`."""
     asked = asked_by(job.config, job.phase)
-    if asked is None or not asked.actors:
-        yield
-        return
-    import ray
-
-    from raydistill.cache.pool import require_teachers
-
-    connect()
-    share = job.config.resources.teacher
-    size = _pool_size(job)
-    require_teachers(job.config.resources, size)
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 3, "max_task_retries": 3}
-    if share.accelerator:
-        options["accelerator_type"] = share.accelerator
-    kind: Any = ray.remote(**options)(ScoreActor)
-    actors = [kind.options(name=_name(job, i)).remote(asked, share) for i in range(size)]
-    try:
-        for failure in ray.get([actor.ready.remote() for actor in actors]):
-            if failure is not None:
-                kind_of_error, message = failure
-                raise getattr(errors, kind_of_error)(message)
-        yield
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _pool_size(job: PhaseJob) -> int:
-    """One actor for each worker, within the bounds of `resources.teacher.actors`."""
-    workers = job.config.resources.train.workers
-    wanted = max(1, workers if isinstance(workers, int) else workers[1])
-    low, high = job.config.resources.teacher.actors
-    return min(high, max(low, wanted))
-
-
-def _name(job: PhaseJob, index: int) -> str:
-    place = hashlib.sha256(f"{job.run}|{job.folder}".encode()).hexdigest()[:12]
-    return f"raydistill-score-{place}-{index}"
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    plain = tensor.detach().cpu()
-    found: np.ndarray = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()  # NumPy has no bfloat16
-    return found
+    pools = {POOL: Pool(ScoreActor, (asked, job.config.resources.teacher))} if asked and asked.actors else {}
+    return actor_pools(job, pools, connect)

@@ -221,7 +221,7 @@ def teacher_views(job: PhaseJob) -> dict[str, TeacherView]:
         t.name: TeacherView(t.name, t.weight / total if total else 0.0, open_manifest(Store(job.signals[t.name])).facts)
         for t in chosen
     }
-    return views | online_views(job, total)
+    return views | online_views(job, total, rank=dist.get_rank())
 
 
 def student_with(job: PhaseJob, weights: str | None, *, dtype: torch.dtype) -> nn.Module:

@@ -18,6 +18,7 @@ from raydistill.recipes.base import TeacherView
 from raydistill.recipes.features import Features
 from raydistill.signals import Draws
 from raydistill.teachers.world import Features as Asked
+from raydistill.train.online_worlds import LocalTeacher
 
 CLIPS, STEPS = 4, 4
 RULES: dict[str, Any] = {
@@ -186,7 +187,7 @@ def test_the_probe_reads_true_frames_and_passes_no_gradient_of_predictions_on_to
 def test_a_cached_teacher_and_an_online_one_give_the_same_loss() -> None:
     teacher = asked()
     cached = views({"big": teacher})
-    online = {"big": TeacherView("big", 1.0, teacher.facts, teacher)}
+    online = {"big": TeacherView("big", 1.0, teacher.facts, LocalTeacher(teacher))}
     batch = clips()
     student, config = small_world(), recipe_config(**RULES)
     recipes = [Features(config, student, found) for found in (cached, online)]
