@@ -221,6 +221,8 @@ class Process:
                 f"{name}: wanted the configuration of a scheduler with betas (DDPM, DDIM, Euler, DPM-Solver …) or of a "
                 f"flow (FlowMatch…), found none of {', '.join(missing)}. Name another one with model.scheduler."
             )
+        for key in ("num_train_timesteps", "beta_start", "beta_end"):
+            _require_number(config, key, name)
         schedule = {key: config[key] for key in _BETAS if config.get(key) not in (None, False)}
         alpha_bar = _alpha_bar(schedule, name)
         return cls(
@@ -282,6 +284,14 @@ def _prediction(name: JsonValue, scheduler: str) -> PredictionType:
     return _PREDICTIONS[str(name)]
 
 
+def _require_number(config: Mapping[str, JsonValue], key: str, name: str) -> None:
+    found = config[key]
+    if isinstance(found, bool) or not isinstance(found, int | float) or found <= 0:
+        raise ConfigError(
+            f"{name}: {key}: wanted a number above 0, found {found!r}. Name another scheduler with model.scheduler."
+        )
+
+
 def _flow(config: Mapping[str, JsonValue], name: str) -> Process:
     """s(t) = k u / (1 + (k-1) u) with u = (t+1)/T and the shift k: Esser et al. 2024, arXiv 2403.03206, Eq. 23.
 
@@ -289,6 +299,9 @@ def _flow(config: Mapping[str, JsonValue], name: str) -> Process:
     """
     key = "flow_shift" if config.get("use_flow_sigmas") else "shift"
     dynamic = bool(config.get("use_dynamic_shifting"))
+    for number in ("num_train_timesteps", *(() if dynamic else (key,))):
+        if number in config:
+            _require_number(config, number, name)
     shift = 1.0 if dynamic else float(str(config.get(key, 1.0)))
     if config.get("invert_sigmas"):
         raise ConfigError(

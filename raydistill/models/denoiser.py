@@ -35,7 +35,7 @@ from raydistill.errors import ConfigError, DataError, SignalMismatch
 from raydistill.models.assemble import differences, fill_network, read_weights
 from raydistill.models.causal_families import network_dtype
 from raydistill.models.hub import hub_parts
-from raydistill.models.parts import Part, find_part, listing, load_errors_explained
+from raydistill.models.parts import Part, find_part, listing, load_errors_explained, read_settings
 from raydistill.models.sources import resolve_source
 from raydistill.models.video_denoiser import ask_video
 from raydistill.signals import JsonValue
@@ -257,11 +257,7 @@ def scheduler_config(model: DiffusersModel) -> dict[str, JsonValue]:
             f"{model.source}: wanted the configuration of its scheduler, which says what it predicts and under which "
             f"noise schedule, found none at {' or '.join(map(str, places))}. Name its folder with model.scheduler."
         )
-    try:
-        config: dict[str, JsonValue] = json.loads(found.read_text())
-    except ValueError as error:
-        raise DataError(f"{model.source}: {found} is no JSON: {error}") from error
-    return config
+    return read_settings(found, source=model.source)
 
 
 def process_of(model: DiffusersModel) -> Process:

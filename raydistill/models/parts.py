@@ -51,11 +51,7 @@ class Part:
         path = self.folder / "config.json"
         if not path.is_file():
             raise DataError(f"{self.source}: wanted a config.json in {self.folder}, found {listing(self.folder)}")
-        try:
-            found: dict[str, JsonValue] = json.loads(path.read_text())
-        except ValueError as error:
-            raise DataError(f"{self.source}: {path} is no JSON: {error}") from error
-        return found
+        return read_settings(path, source=self.source)
 
     @property
     def weights(self) -> list[Path]:
@@ -119,6 +115,17 @@ def listing(folder: Path) -> str:
     return f"only {', '.join(names[:8])}{more}" if names else "nothing"
 
 
+def read_settings(path: Path, *, source: str) -> dict[str, JsonValue]:
+    """The settings of a JSON file of the model `source`; `DataError` when it holds none."""
+    try:
+        found: JsonValue = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{source}: {path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{source}: wanted a map of settings in {path}, found {str(found)[:60]}")
+    return found
+
+
 @contextmanager
 def load_errors_explained(source: str) -> Iterator[None]:
     """Turn what diffusers and transformers say about unreadable files into one `DataError`."""
@@ -131,6 +138,8 @@ def load_errors_explained(source: str) -> Iterator[None]:
             f"{source} cannot be loaded: its .bin file holds more than tensors, and nothing else is ever unpickled. "
             "Use weights in safetensors."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise DataError(f"{source} cannot be loaded: {lines[0]}") from error

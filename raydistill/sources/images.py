@@ -281,14 +281,17 @@ def require_enough(num_rows: int, lost: Lost, source: Pictures) -> None:
     """Raise `DataError`, naming the first images that gave no row, when their share is above `max_corrupt`, or when
     there is no row at all."""
     total = num_rows + len(lost.images)
-    if num_rows and len(lost.images) <= source.max_corrupt * total:
+    too_many = len(lost.images) > source.max_corrupt * total
+    if num_rows and not too_many:
         return
     if not total:
         raise DataError(f"source: {', '.join(source.paths)} holds no image at all")
     first = "\n".join(f"  {name}: {details}" for name, _, details in lost.images[:5])
     more = f"\n  and {len(lost.images) - 5:,} more" if len(lost.images) > 5 else ""
+    why = f"more than the share source.max_corrupt ({source.max_corrupt:g}) allows" if too_many else "which leaves none"
+    remedy = ", or raise source.max_corrupt" if too_many and num_rows else ""
     raise DataError(
-        f"source: {len(lost.images):,} of {total:,} images cannot be used, more than the share source.max_corrupt "
-        f"({source.max_corrupt:g}) allows:\n{first}{more}\nMend them or take them out, or raise source.max_corrupt. An "
-        'image may have an empty caption, but not none (an empty .txt or "" says so).'
+        f"source: {len(lost.images):,} of {total:,} images cannot be used, {why}:\n{first}{more}\n"
+        f"Mend them or take them out{remedy}. An image may have an empty caption, but not none (an empty .txt or "
+        '"" says so).'
     )

@@ -194,8 +194,11 @@ def test_facts_bring_the_same_process_back(scheduler):
         (dict(DDPMScheduler().config) | {"beta_schedule": "laplace"}, "beta_schedule: wanted linear.* found 'laplace'"),
         (dict(DDPMScheduler().config) | {"prediction_type": "score"}, "prediction_type: wanted .* found 'score'"),
         (dict(FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config), "invert_sigmas"),
+        (dict(DDPMScheduler().config) | {"beta_end": "x"}, "beta_end: wanted a number above 0, found 'x'"),
+        (dict(DDPMScheduler().config) | {"num_train_timesteps": 0}, "num_train_timesteps: wanted .*, found 0"),
+        (dict(FlowMatchEulerDiscreteScheduler().config) | {"shift": None}, "shift: wanted .*, found None"),
     ],
-    ids=["edm", "laplace", "score", "inverted"],
+    ids=["edm", "laplace", "score", "inverted", "text for a number", "no timesteps", "no shift"],
 )
 def test_schedulers_outside_the_two_families_are_refused(config, words):
     with pytest.raises(ConfigError, match=words):

@@ -26,6 +26,7 @@ from raydistill.config.models import DiffusersModel
 from raydistill.errors import ConfigError, DataError, SignalMismatch
 from raydistill.models import hub
 from raydistill.models.denoiser import (
+    SCHEDULER,
     denoiser_config,
     denoiser_identity,
     empty_denoiser,
@@ -207,6 +208,27 @@ def test_named_scheduler_wins(pipeline, tmp_path, place):
     save_scheduler(EulerDiscreteScheduler(**SCHEDULE, prediction_type="v_prediction"), tmp_path / "scheduler")
     process = process_of(_section(pipeline, scheduler=str(tmp_path / place)))
     assert process.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("file", "read", "text", "words"),
+    [
+        (f"scheduler/{SCHEDULER}", process_of, "[1]", rf"wanted a map of settings in .*{SCHEDULER}, found \[1\]"),
+        (f"scheduler/{SCHEDULER}", process_of, "{nope", "is no JSON"),
+        ("unet/config.json", empty_denoiser, "3", r"wanted a map of settings in .*config.json, found 3"),
+        (
+            "unet/config.json",
+            empty_denoiser,
+            '{"_class_name": "UNet2DConditionModel", "cross_attention_dim": "x"}',
+            "cannot be loaded: ",
+        ),
+    ],
+)
+def test_settings_that_are_none_are_a_fault_of_their_file(pipeline, tmp_path, file, read, text, words):
+    shutil.copytree(pipeline, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(text)
+    with pytest.raises(DataError, match=words):
+        read(_section(tmp_path / "model"))
 
 
 def test_what_a_scheduler_config_leaves_out_is_its_class_default(pipeline, tmp_path):

@@ -260,7 +260,7 @@ def test_corrupt_files_are_named_and_stop_the_run_above_a_share(tmp_path: Path) 
         DataError, match=r"2 of 20 images cannot be used(.|\n)*03\.png: (.|\n)*07\.png: cannot identify"
     ):
         require_enough(len(found), lost, source_of(tmp_path, max_corrupt=0.09))
-    with pytest.raises(DataError, match=r"20 of 20 images"):
+    with pytest.raises(DataError, match=r"20 of 20 images cannot be used, which leaves none"):
         require_enough(0, Lost(lost.images * 10), source_of(tmp_path, max_corrupt=1))
 
 
