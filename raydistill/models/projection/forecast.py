@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,8 @@ from raydistill.models.projection.denoiser import PATCH, moved_stages
 from raydistill.models.projection.denoiser import structure_of as denoiser_structure
 from raydistill.models.projection.language_student import blank_language_model
 from raydistill.models.projection.language_student import structure_of as language_structure
-from raydistill.models.projection.measure import REMOVAL_TOKENS, REMOVED
+from raydistill.models.projection.living import Living
+from raydistill.models.projection.measure import REMOVAL_TOKENS, REMOVED, flat
 from raydistill.models.projection.report import ProjectionReport
 from raydistill.models.projection.run import Sides, account
 from raydistill.models.projection.stream import Streamed
@@ -46,7 +46,7 @@ class Forecast:
     student: int
     """The student in fp32."""
     reading: int
-    """The largest tensor of the teacher as it is read, in fp32 and mapped."""
+    """The largest tensor of the teacher as it is read, in fp32 and what is made of it."""
     weights: int
     """The teacher's weights that are in memory while it runs: all outside blocks, and one block."""
     activations: int
@@ -116,35 +116,36 @@ def _denoiser(model: DiffusersModel, source: DiffusersModel, init: ProjectionIni
     sides = _sides(source.source, teacher, theirs, student, ours, {}, moved_stages(student, teacher))
     activations = 0
     if init.calibration_rows:
-        numbers, pixels = _largest_block(teacher, row)
+        each, pixels = _for_one_image(teacher, row, source.dtype)
         images = min(init.calibration_rows, max(1, PIXELS // pixels))
         if init.depth == "importance":
             images = max(images, REMOVED * min(init.calibration_rows, max(1, REMOVAL_TOKENS * PATCH // pixels)))
-        activations = images * numbers * FLOAT
+        activations = images * each
     return _forecast(sides, init, source.dtype, activations)
 
 
-def _largest_block(network: ModelMixin, row: Row) -> tuple[int, int]:
-    """Numbers that the layers of one block give for one image, of the block that gives most; pixels of the latents."""
-    nn.Module.to(network, "meta")
-    sums: dict[str, int] = {}
+def _for_one_image(network: ModelMixin, row: Row, dtype: str) -> tuple[int, int]:
+    """Most bytes of tensors that live at once while one image passes `network` and is measured; pixels of its latents.
 
-    def add(name: str) -> Callable[..., None]:
-        def count(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                sums[name] = sums.get(name, 0) + output.numel()
+    Found on the meta device, where nothing takes memory: `network` is put there, in the format that it will run in.
+    """
+    nn.Module.to(network, device="meta", dtype=getattr(torch, dtype))
 
-        return count
+    def measured(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(given, Tensor):
+            flat(module, given, None).pow(2).sum(0)
 
-    handles = []
-    for name, module in network.named_modules():
-        if not list(module.children()):
-            handles.append(module.register_forward_hook(add(".".join(name.split(".")[:2]))))
-    with torch.no_grad():
+    handles = [
+        module.register_forward_pre_hook(measured, with_kwargs=True)
+        for module in network.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
+    ]
+    with torch.no_grad(), Living(network) as living:
         out = with_one_sample(network, size=row.latents, tokens=max(row.tokens, 1))
     for handle in handles:
         handle.remove()
-    return max(sums.values(), default=0), out[0, 0].numel()
+    return living.most, out[0, 0].numel()
 
 
 def _sides(
@@ -177,7 +178,8 @@ def _forecast(sides: Sides, init: ProjectionInit, dtype: str, activations: int) 
         report=account(sides, init),
         teacher_blocks=len(sides.teacher.block_modules),
         student=sum(p.numel() for p in sides.network.parameters()) * FLOAT,
-        reading=largest * (size + 3 * FLOAT),
+        # A selection squares what it reads; a rotation also takes it to where its axis is the last.
+        reading=largest * (2 * FLOAT if init.basis == "importance" else size + 3 * FLOAT),
         weights=(sum(numbers.values()) - tied - sum(inside) + max(inside, default=0)) * size,
         activations=activations,
     )
