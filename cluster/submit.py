@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
@@ -43,9 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not command:
         parser.error("no command; wanted for example: -- python -m raydistill.run configs/lm_topk.yaml")
     try:
+        environment = runtime_env(options.runtime_env)
+    except (OSError, ValueError) as error:
+        print(f"--runtime-env: {error}", file=sys.stderr)
+        return 2
+    try:
         client = JobSubmissionClient(options.address)
-        job = submit(client, command, runtime_env(options.runtime_env), options.id)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        job = submit(client, command, environment, options.id)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         print(f"{options.address}: {error}", file=sys.stderr)
         return 2
     if options.no_wait:
@@ -61,12 +67,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def runtime_env(file: Path | None) -> dict[str, object]:
-    """The environment of the job; the folder that is submitted is the one this script is started in."""
+    """The environment of the job; the folder that is submitted is the one this script is started in.
+
+    Raises `OSError` or `ValueError` when `file` cannot be read or is no map.
+    """
     if file is None:
         return {"working_dir": ".", "excludes": ["/runs", "/.venv", "/.git"]}
     import yaml
 
-    return dict(yaml.safe_load(file.read_text()))
+    try:
+        found = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: wanted a map such as cluster/runtime_env.yaml holds, found {found!r}")
+    return found
 
 
 def submit(client: JobSubmissionClient, command: list[str], environment: dict[str, object], name: str | None) -> str:
@@ -101,7 +116,8 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     if status == JobStatus.SUCCEEDED:
         return 0
     print(f"{job}: {status}. {info.message or ''}".rstrip(), file=sys.stderr)
-    return info.driver_exit_code if info.driver_exit_code and info.driver_exit_code > 0 else 1
+    code = info.driver_exit_code or 1
+    return code if 0 < code < 128 else 1  # beyond, a signal ended it
 
 
 class Log:

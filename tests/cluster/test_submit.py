@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
 SCRIPT = Path(__file__).parents[2] / "cluster/submit.py"
@@ -62,7 +63,7 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, server: Server, *ar
     return int(module.main([*arguments, "--", "python", "-m", "raydistill.run", "a b.yaml"]))
 
 
-@pytest.mark.parametrize(("code", "expected"), [(2, 2), (3, 3), (1, 1), (None, 1), (-9, 1)])
+@pytest.mark.parametrize(("code", "expected"), [(2, 2), (3, 3), (1, 1), (None, 1), (-9, 1), (137, 1)])
 def test_the_status_of_a_failed_run_is_passed_on(
     submit: ModuleType, monkeypatch: pytest.MonkeyPatch, code: int | None, expected: int
 ) -> None:
@@ -114,6 +115,30 @@ def test_no_server_is_one_line_and_status_two(
     monkeypatch.setattr(submit, "JobSubmissionClient", refuse)
     assert submit.main(["--address", "http://127.0.0.1:1", "--", "true"]) == 2
     assert capsys.readouterr().err == "http://127.0.0.1:1: nobody listens\n"
+
+
+def test_a_missing_token_is_said_and_status_two(
+    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(address: str) -> None:
+        raise AuthenticationError("Missing authentication token")
+
+    monkeypatch.setattr(submit, "JobSubmissionClient", refuse)
+    assert submit.main(["--address", "http://127.0.0.1:1", "--", "true"]) == 2
+    assert "Missing authentication token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "text", ""])
+def test_a_runtime_environment_that_cannot_be_read_is_said_before_anything_is_asked(
+    submit: ModuleType, tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "env.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert submit.main(["--runtime-env", str(file), "--", "true"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("--runtime-env: ")
+    assert str(file) in said
 
 
 def test_the_token_and_the_environment_of_the_caller_are_not_sent(
