@@ -21,6 +21,7 @@ from raydistill.cache.calibration import calibration_rows
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.ledger import read_builds
 from raydistill.cache.manifest import Manifest, fingerprint_of, parsed
+from raydistill.cache.open import require_episodes
 from raydistill.cache.read import open_manifest
 from raydistill.cache.verify import require_sound, verify
 from raydistill.claim import alone, claim, require_own
@@ -259,6 +260,7 @@ def _init(run: Run, asked: bool) -> None:
 
 
 def _train(run: Run, asked: bool) -> None:
+    require_episodes(run.config, run.inputs[0])
     for group in ("phases", "baseline") if run.has_baseline else ("phases",):
         for index, (phase, folder) in enumerate(run.phases(group)):
             weights = run.handed_over(group, index - 1, kind=phase.start_from) if index else None

@@ -56,8 +56,9 @@ def build_episode_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
     Raises `DataError` for episodes that cannot be read or do not fit, `ConfigError` for games that cannot be made.
     """
     source, store = config.episodes, ledger.store
-    if source.environment is not None:
-        require_game(source.environment, source.num_actions)
+    games = [(part.environment, part.num_actions) for part in source.parts.values() if part.environment is not None]
+    for game, num_actions in games:
+        require_game(game, num_actions)
     share = config.resources.teacher.model_copy(update={"gpus": 0.0, "accelerator": None})
     require_cluster("resources.teacher", share.actors[0], share.cpus, file=config.resources.cluster)
     shards = plan_episodes(source, config.evaluate.held_out)
@@ -69,7 +70,7 @@ def build_episode_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
         pending or ([] if old is not None or is_described(store) else [""]),
         costs,
         share,
-        label="play episodes" if source.environment is not None else "read episodes",
+        label="play episodes" if games else "read episodes",
         unit="episodes",
     ):
         pass
@@ -100,7 +101,11 @@ class EpisodeWorker:
 
     def __init__(self, source: EpisodesSource, shards: Shards, store: str, tally: Any):
         self._source, self._shards, self._store, self._tally = source, shards, Store(store), tally
-        games = ("crafter", "ale-py", "gymnasium") if source.environment is not None else ()
+        games = (
+            ("crafter", "ale-py", "gymnasium")
+            if any(part.environment is not None for part in source.parts.values())
+            else ()
+        )
         facts: dict[str, JsonValue] = {
             "num_actions": source.num_actions,
             "frame_shape": [3, *source.frame_size],

@@ -9,7 +9,7 @@ from raydistill.cache.episode_read import EpisodeDataset
 from raydistill.cache.read import Dataset
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
-from raydistill.config.world import EpisodesSource
+from raydistill.config.world import EpisodesSource, FeaturesRecipe
 from raydistill.storage import Store
 
 
@@ -34,3 +34,11 @@ def open_dataset(
             )
         case ImagesSource() | VideosSource() | PromptsSource():
             return DenseDataset(inputs, signals, config.source.noise, split=split, fields=fields, max_rows=max_rows)
+
+
+def require_episodes(config: RunConfig, inputs: Store) -> None:
+    """`ConfigError` when a later phase learns from episodes alone that the finished cache has not: better known before
+    the first one trains."""
+    for phase in config.phases:
+        if isinstance(phase.recipe, FeaturesRecipe) and phase.recipe.episodes is not None:
+            EpisodeDataset(inputs, {}, split="train", fields={}, only=phase.recipe.episodes)

@@ -20,8 +20,8 @@ from raydistill.config.models import (
     StudentConfig,
 )
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import ImagesSource, PromptsSource, SourceConfig, TextSource, VaeConfig, VideosSource
-from raydistill.config.world import WorldPythonModel
+from raydistill.config.sources import ImagesSource, PromptsSource, SourceConfig, VaeConfig, VideosSource
+from raydistill.config.world import EpisodesSource, WorldPythonModel
 from raydistill.errors import ConfigError
 
 
@@ -119,8 +119,12 @@ def _source(source: SourceConfig) -> SourceConfig:
             vae = vae.model_copy(update={"source": source_or_id(vae.source)})
         encoders = tuple(e.model_copy(update={"source": source_or_id(e.source)}) for e in encoders)
         return source.model_copy(update={"paths": paths, "vae": vae, "text_encoders": encoders})
-    if not isinstance(source, TextSource):
-        return source.model_copy(update={"paths": paths})
+    if isinstance(source, EpisodesSource):
+        domains = {
+            name: domain.model_copy(update={"paths": tuple(read(path) for path in domain.paths)})
+            for name, domain in source.domains.items()
+        }
+        return source.model_copy(update={"paths": paths, "domains": domains})
     dataset = source.dataset
     return source.model_copy(
         update={

@@ -101,6 +101,23 @@ class Environment(Config):
     """The random player keeps an action for so many steps, [fewest, most], which moves farther than single steps."""
 
 
+class EpisodesDomain(Config):
+    """More episodes, from files or from a game of their own."""
+
+    paths: tuple[str, ...] = ()
+    """Files or globs, as in the source."""
+    environment: Environment | None = None
+    """Instead of `paths`: a game that is played."""
+    num_actions: int | None = Field(default=None, ge=1)
+    """Actions of this domain, from 0; by default all of the source."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if bool(self.paths) == (self.environment is not None):
+            raise ValueError("wanted exactly one of paths and environment.")
+        return self
+
+
 class EpisodesSource(Config):
     """Episodes of frames and actions, cut into clips."""
 
@@ -110,6 +127,9 @@ class EpisodesSource(Config):
     a list of encoded images and a list of actions), or `.mp4` beside a file of actions `<name>.actions.json`."""
     environment: Environment | None = None
     """Instead of `paths`: a game that is played."""
+    domains: dict[Name, EpisodesDomain] = Field(default={})
+    """More of them, beside these or alone, from other files or games: the names of a domain's episodes begin with its
+    own and a slash. A phase has them to itself with `recipe.episodes: '^platformers/'`."""
     frame_size: tuple[int, int]
     """Height and width of the frames, to which the source's are brought by averaging over areas."""
     num_actions: int = Field(ge=1)
@@ -129,17 +149,39 @@ class EpisodesSource(Config):
     """How much more often clips in which much happens are drawn: a clip is seen 1 + `action_rich` times its share of
     steps that have an action other than `noop` and change the frame, in each epoch."""
     max_episodes: int | None = Field(default=None, ge=1)
-    """Stop after this many episodes (in the order of their names)."""
+    """Stop after this many episodes (in the order of their names), in each domain."""
     shard_episodes: int = Field(default=8, ge=1)
     """Most episodes in a shard: the unit of parallel work, of damage and of repair."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if bool(self.paths) == (self.environment is not None):
-            raise ValueError("wanted exactly one of paths and environment.")
+        given = bool(self.paths) + (self.environment is not None)
+        if given > 1 or not (given or self.domains):
+            raise ValueError("wanted exactly one of paths and environment, or domains.")
+        for name, domain in self.domains.items():
+            if (domain.num_actions or 1) > self.num_actions:
+                raise ValueError(
+                    f"domains.{name}.num_actions: wanted at most num_actions ({self.num_actions}) of the source, found "
+                    f"{domain.num_actions}."
+                )
         if self.noop >= self.num_actions:
             raise ValueError(f"noop: wanted an action below num_actions ({self.num_actions}), found {self.noop}.")
         return self
+
+    @property
+    def parts(self) -> dict[str, EpisodesSource]:
+        """The source without its domains, by the empty name, and each domain by its own."""
+        alone = self.model_copy(update={"domains": {}})
+        found = {"": alone} if self.paths or self.environment is not None else {}
+        for name, domain in self.domains.items():
+            found[name] = alone.model_copy(
+                update={
+                    "paths": domain.paths,
+                    "environment": domain.environment,
+                    "num_actions": domain.num_actions or self.num_actions,
+                }
+            )
+        return found
 
     @property
     def step(self) -> int:
@@ -204,8 +246,8 @@ class WorldTeacher(Config):
     batch_rows: int = Field(default=8, ge=1)
     """Clips in one teacher batch. A part of the cache's identity."""
     online: Literal["no", "local", "actors"] = "no"
-    """`local` and `actors` keep no cache: the teacher is asked in every training step, in the training process itself or
-    in a pool of Ray actors on `resources.teacher`. `--plan` has the numbers that choose."""
+    """`local` and `actors` keep no cache: the teacher is asked in every training step, in the training process itself
+    or in a pool of Ray actors on `resources.teacher`. `--plan` has the numbers that choose."""
 
     _plain_taps = field_validator("taps", mode="before", json_schema_input_type=dict[Name, Tap | str])(_taps)
 

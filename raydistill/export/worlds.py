@@ -11,7 +11,7 @@ from torch import nn
 
 from raydistill.config.recipes import RecipeConfig
 from raydistill.config.schema import RunConfig
-from raydistill.config.world import FeaturesRecipe
+from raydistill.config.world import EpisodesSource, FeaturesRecipe
 from raydistill.export.card import columns, lines_of, phase_line, rendered, shown, table, versions
 from raydistill.models.student import export_student
 from raydistill.models.world.model import WorldNetwork
@@ -119,16 +119,18 @@ def world_card(config: RunConfig, metrics: Mapping[str, JsonValue]) -> str:
 
 def _data(config: RunConfig) -> str:
     source = config.episodes
-    game = source.environment
-    what = (
-        f"{game.episodes} episodes of `{game.id}` of up to {game.steps} steps"
-        if game is not None
-        else ", ".join(f"`{shown(path)}`" for path in source.paths)
-    )
+    what = "; ".join(_told(part) for part in source.parts.values())
     return (
         f"{what}: clips of {source.clip_frames} frames of {source.frame_size[0]} × {source.frame_size[1]} with "
         f"{source.num_actions} actions; {100 * config.evaluate.held_out:g} % of the episodes were held out."
     )
+
+
+def _told(part: EpisodesSource) -> str:
+    game = part.environment
+    if game is not None:
+        return f"{game.episodes} episodes of `{game.id}` of up to {game.steps} steps"
+    return ", ".join(f"`{shown(path)}`" for path in part.paths)
 
 
 def _recipe(recipe: RecipeConfig) -> str:

@@ -154,11 +154,14 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
 
 
 def _clips(source: EpisodesSource) -> int | None:
-    game = source.environment
-    if game is None:
-        return None
-    episodes = min(game.episodes, source.max_episodes or game.episodes)
-    return episodes * -(-game.steps // source.step)
+    """Clips of all games, if none ends early; None when there are files, which must be read first."""
+    clips = 0
+    for part in source.parts.values():
+        game = part.environment
+        if game is None:
+            return None
+        clips += min(game.episodes, source.max_episodes or game.episodes) * -(-game.steps // source.step)
+    return clips
 
 
 def count_world(sizes: WorldSizes, clip_frames: int) -> WorldCounts:

@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -36,6 +36,8 @@ class EpisodeRef:
     """Its file; empty for a game that is played."""
     number: int
     """Row of a Parquet file, or number of the game."""
+    domain: str = ""
+    """Domain of the source that it belongs to; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,15 @@ def _is_episode(path: PurePosixPath) -> bool:
 
 
 def find_episodes(source: EpisodesSource) -> list[EpisodeRef]:
-    """All episodes of a source, by name; at most `max_episodes`."""
+    """All episodes of a source, by name; of each domain at most `max_episodes`."""
+    refs = []
+    for domain, part in source.parts.items():
+        prefix = f"{domain}/" if domain else ""
+        refs += [replace(ref, name=prefix + ref.name, domain=domain) for ref in _episodes(part)]
+    return sorted(refs)
+
+
+def _episodes(source: EpisodesSource) -> list[EpisodeRef]:
     if (game := source.environment) is not None:
         refs = [EpisodeRef(f"{game.id}#{number:06d}", "", number) for number in range(game.episodes)]
         return refs[: source.max_episodes]
@@ -100,8 +110,14 @@ def _num_rows(file: DataFile) -> int:
 
 
 def episodes_content(source: EpisodesSource) -> dict[str, JsonValue]:
-    """What defines the clips, for the fingerprint: the files' hashes or the game's settings, and how clips are cut."""
-    exclude = {"paths", "action_rich"} | (set() if source.paths else {"frames_key", "actions_key"})
+    """What defines the clips, for the fingerprint: the files' hashes or the games' settings, and how clips are cut."""
+    parts = {domain: _content(part) for domain, part in source.parts.items()}
+    alone = parts.pop("", {})
+    return {**alone, "domains": {**parts}} if parts else alone
+
+
+def _content(source: EpisodesSource) -> dict[str, JsonValue]:
+    exclude = {"paths", "action_rich", "domains"} | (set() if source.paths else {"frames_key", "actions_key"})
     settings: dict[str, JsonValue] = {**source.model_dump(mode="json", exclude=exclude), "version": EPISODES_VERSION}
     if source.environment is not None:
         return settings
@@ -117,6 +133,7 @@ def read_episode(ref: EpisodeRef, source: EpisodesSource) -> Episode:
     `DataError` names the episode whose file cannot be read, whose frames and actions do not fit together or whose
     actions are none of the action space.
     """
+    source = source.parts[ref.domain]
     if source.environment is not None:
         frames, actions = play(source.environment, ref.number, source.num_actions)
     elif ref.uri.endswith(".npz"):

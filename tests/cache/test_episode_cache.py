@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from world_toys import build_inputs, build_signal, run_config, teacher_folder, teacher_section, write_episodes
+from world_toys import PHASE, build_inputs, build_signal, run_config, teacher_folder, teacher_section, write_episodes
 
 from raydistill.cache.content import signal_content
 from raydistill.cache.dense import read_dense, write_dense
 from raydistill.cache.episode_read import EpisodeDataset
-from raydistill.cache.open import open_dataset
+from raydistill.cache.open import open_dataset, require_episodes
 from raydistill.cache.shards import publish_record
 from raydistill.cache.verify import check_inputs, check_signal, verify
 from raydistill.config.schema import RunConfig
@@ -203,3 +203,26 @@ def test_a_phase_may_learn_from_some_episodes_alone(tmp_path: Path) -> None:
     assert sum(some.shard_rows) == some.num_rows
     with pytest.raises(ConfigError, match=r"recipe\.episodes: 'platformers' is found in no name of"):
         open_dataset(config, inputs, {}, split="train", fields={}, only="platformers")
+
+
+def test_each_phase_has_its_own_domain_and_a_phase_without_any_is_refused_before_the_first(tmp_path: Path) -> None:
+    write_episodes(tmp_path / "platformers", number=4)
+    domains = {"platformers": {"paths": [str(tmp_path / "platformers")]}}
+    first = {**PHASE, "name": "first"}
+
+    def configured(pattern: str) -> RunConfig:
+        last = {**PHASE, "name": "last", "recipe": {"kind": "features", "episodes": pattern}}
+        plain = toy(tmp_path).model_dump(mode="json")
+        return RunConfig.model_validate(
+            {**plain, "source": {**plain["source"], "domains": domains}, "phases": [first, last]}
+        )
+
+    config = configured("^platformers/")
+    inputs, _ = build_inputs(config)
+    require_episodes(config, inputs)
+    some = open_dataset(config, inputs, {}, split="train", fields={}, only="^platformers/")
+    names = some.row_ids(range(some.num_rows))
+    assert names
+    assert all(name.startswith("platformers/episode-") for name in names)
+    with pytest.raises(ConfigError, match=r"recipe\.episodes: '\^platformer/' is found in no name of"):
+        require_episodes(configured("^platformer/"), inputs)

@@ -59,8 +59,12 @@ def test_a_causal_cogvideox_is_refused_before_its_teacher_makes_anything(parts: 
     teachers = [{"name": "ode", "signal": "ode_trajectory", "model": cog, "keep_t": [0.9, 0.5], "steps": 4}]
     student = {"model": cog, "generator": {"t_list": [0.9, 0.5, 0.0], "causal": {"chunk_frames": 2}}}
     config = video_config(parts, parts / "home", student=student, teachers=teachers)
-    with pytest.raises(ConfigError, match=r"^student\.model: .*found\s+CogVideoXTransformer3DModel"):
+    with pytest.raises(ConfigError, match=r"^student\.model: .*found\s+CogVideoXTransformer3DModel") as refused:
         check_denoisers(config, [(SIDE, SIDE)])
+    words = " ".join(str(refused.value).split())
+    assert "WanTransformer3DModel or CosmosTransformer3DModel" in words
+    assert "text and video attend to one another, so that later frames reach earlier ones" in words
+    assert "Use it as a bidirectional teacher or student." in words
 
 
 def test_an_autoregressive_cogvideox_is_refused_as_a_teacher(parts: Path) -> None:

@@ -204,3 +204,66 @@ def test_crafter_and_atari_are_played_headless() -> None:
     assert len(actions) == 3
     with pytest.raises(ConfigError, match="ALE/NoSuchGame-v5 cannot be made"):
         make_game(Environment(id="ALE/NoSuchGame-v5", episodes=1), 0)
+
+
+def two_domains(folder: Path, **changes: Any) -> EpisodesSource:
+    """Files of one folder, of another with the same names, and a game with fewer actions."""
+    for domain in ("games", "platformers"):
+        (folder / domain).mkdir(exist_ok=True)
+        for i in range(3):
+            frames, actions = block_game(6, seed=i + 10 * len(domain))
+            np.savez(folder / domain / f"{i}.npz", frames=frames, actions=actions)
+    game = {"id": "test_episodes:BlockGame", "episodes": 4, "steps": 7}
+    domains = {
+        "platformers": {"paths": [str(folder / "platformers")]},
+        "blocks": {"environment": game, "num_actions": 3},
+    }
+    return source(folder / "games", **{"domains": domains, **changes})
+
+
+def test_domains_are_files_and_games_of_their_own_whose_episodes_begin_with_their_names(tmp_path: Path) -> None:
+    whole = two_domains(tmp_path)
+    refs = find_episodes(whole)
+    names = [ref.name for ref in refs]
+    assert names == sorted(names)
+    assert [n for n in names if n.startswith("platformers/")] == [f"platformers/{i}.npz" for i in range(3)]
+    assert [n for n in names if n.startswith("blocks/")] == [
+        f"blocks/test_episodes:BlockGame#{i:06d}" for i in range(4)
+    ]
+    assert [n for n in names if "/" not in n] == ["0.npz", "1.npz", "2.npz"]
+    read = {ref.name: read_episode(ref, whole) for ref in refs}
+    frames, actions = block_game(6, seed=1 + 10 * len("platformers"))
+    assert np.array_equal(read["platformers/1.npz"].frames, frames)
+    assert np.array_equal(read["platformers/1.npz"].actions, actions)
+    played = [e.actions for name, e in read.items() if name.startswith("blocks/")]
+    assert int(np.concatenate(played).max()) == 2  # of three actions
+    assert len(find_episodes(two_domains(tmp_path, max_episodes=2))) == 6
+
+
+def test_domains_are_part_of_what_a_cache_is_and_a_source_without_them_is_what_it_was(tmp_path: Path) -> None:
+    whole = two_domains(tmp_path)
+    alone = source(tmp_path / "games")
+    assert "domains" not in episodes_content(alone)
+    content: Any = episodes_content(whole)
+    assert {k: v for k, v in content.items() if k != "domains"} == episodes_content(alone)
+    assert {*content["domains"]} == {"platformers", "blocks"}
+    assert content["domains"]["blocks"]["environment"]["episodes"] == 4
+    only = source(tmp_path / "games", paths=[], domains={"platformers": {"paths": [str(tmp_path / "platformers")]}})
+    assert {ref.domain for ref in find_episodes(only)} == {"platformers"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"paths": []}, "wanted exactly one of paths and environment, or domains"),
+        ({"domains": {"a": {}}}, "wanted exactly one of paths and environment"),
+        (
+            {"domains": {"a": {"paths": ["x"], "num_actions": 9}}},
+            r"domains\.a\.num_actions: wanted at most num_actions",
+        ),
+        ({"domains": {"a/b": {"paths": ["x"]}}}, "should match pattern"),
+    ],
+)
+def test_domains_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        source(tmp_path, **changes)
