@@ -46,6 +46,11 @@ def settings(sweep: SweepConfig, point: Mapping[str, JsonValue]) -> dict[str, Js
     return found
 
 
+def shown(sweep: SweepConfig, point: Mapping[str, JsonValue]) -> str:
+    """A point as on the command line."""
+    return ", ".join(f"{key}={value}" for key, value in settings(sweep, point).items())
+
+
 def listed(dimension: Dimension) -> Sequence[JsonValue]:
     """All values of a dimension for which `is_listed` holds."""
     match dimension:

@@ -15,7 +15,7 @@ from raydistill.config.load import Draft, Origins, read_section
 from raydistill.config.metrics import training_metrics
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
-from raydistill.config.spaces import Point, all_points, drawn_points, listed, probes, settings, size
+from raydistill.config.spaces import Point, all_points, drawn_points, listed, probes, settings, shown, size
 from raydistill.config.sweep import PopulationBased, RunToTheEnd, Simplex, SweepConfig, is_listed
 from raydistill.config.world import EpisodesSource
 from raydistill.errors import ConfigError
@@ -51,7 +51,7 @@ class Space:
         """The configuration at a point, with `changes` of the sweep's own on top; `ConfigError` when the schema
         refuses it."""
         values = settings(self.sweep, point)
-        where = self._where(next(iter(point))) if len(point) == 1 else f"{self.file}, {_shown(values)}"
+        where = self._where(next(iter(point))) if len(point) == 1 else f"{self.file}, {shown(self.sweep, point)}"
         return self.draft.config({**values, **(changes or {})}, where=where)
 
     def points(self) -> list[Point] | None:
@@ -180,9 +180,5 @@ def _values(space: Space) -> list[str]:
         try:
             space.config(point)
         except ConfigError as error:
-            return [f"{space.file}: {_shown(settings(space.sweep, point))}: {error}"]
+            return [f"{space.file}: {shown(space.sweep, point)}: {error}"]
     return []
-
-
-def _shown(values: Mapping[str, JsonValue]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())

@@ -5,17 +5,15 @@ Decided by the fingerprints of the caches' contents, so a key that changes a cac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
-
-from pydantic import JsonValue
 
 from raydistill.cache.average import average_content
 from raydistill.cache.content import inputs_content, signal_content
 from raydistill.cache.manifest import fingerprint_of
 from raydistill.config.schema import RunConfig
-from raydistill.config.spaces import Point, probes, settings
+from raydistill.config.spaces import Point, probes, shown
 from raydistill.config.tune import Space
 from raydistill.errors import ConfigError
 from raydistill.pipeline import Run, advance
@@ -92,7 +90,7 @@ def refuse_rebuilds(space: Space, caches: Caches, configured: Configured) -> Non
     found: dict[str, str] = {}
     for name, point in probes(space.sweep):
         if name not in found and (folders := caches.changed(configured(point))):
-            value = _shown(settings(space.sweep, {name: point[name]}))
+            value = shown(space.sweep, {name: point[name]})
             found[name] = f"{value} would need another cache than {', '.join(folders)}"
     if found:
         raise ConfigError(
@@ -100,7 +98,3 @@ def refuse_rebuilds(space: Space, caches: Caches, configured: Configured) -> Non
             + "\n  ".join(found.values())
             + "\nTake them out, or set allow_rebuild: true, with which every cache is built before the first trial."
         )
-
-
-def _shown(values: Mapping[str, JsonValue]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
