@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ def test_the_card_of_a_denoiser_states_teachers_data_and_every_measured_number()
     assert "| Fréchet distance of `default_1` | 22 | – | 61 | 40.2 | 38.8 |" in card
     assert "128 generated and 61 held-out images, too few for a Fréchet distance in 2,048 dimensions" in card
     assert "diffusers 0." in card
+
+
+def test_the_card_tells_distances_of_videos_to_the_teachers() -> None:
+    metrics: Any = fake_image_metrics()
+    for line in metrics.values():
+        if isinstance(line, dict) and "features" in line:
+            line["video_features_to_teacher"] = {**line.pop("features"), "extractor": "i3d", "things": "videos"}
+    card = model_card(RunConfig.model_validate(IMAGE_SETTINGS), metrics)
+    assert "| Fréchet distance of `i3d` | 22 | – | 61 | 40.2 | 38.8 |" in card
+    assert "128 generated videos and 61 of the teacher's, too few" in card
 
 
 def test_the_card_of_an_exported_average_marks_its_column() -> None:

@@ -276,10 +276,16 @@ def _held_out(metrics: Mapping[str, JsonValue]) -> str:
     return f"{found['rows']:,} held-out images ({found['draws']:,} draws of noise)"
 
 
+def _distances(line: Line) -> dict[str, Any] | None:
+    """The distances of features that a line has, of images or of videos."""
+    found = line.get("features", line.get("video_features_to_teacher"))
+    return found if isinstance(found, dict) else None
+
+
 def _flat(line: Line) -> Line:
     """A line with the distances of features among its numbers."""
-    features = line.get("features")
-    if not isinstance(features, dict):
+    features = _distances(line)
+    if features is None:
         return line
     name = features["extractor"]
     return {**line, f"fd/{name}": features["frechet_distance"], f"kd/{name}": features["kernel_distance"]}
@@ -298,13 +304,14 @@ def _titles(lines: Mapping[str, Line]) -> dict[str, str]:
 
 def _notes(lines: Mapping[str, Line]) -> str:
     """What has to be said beside distances of features: of how many images, and whether that is enough."""
-    features = next((f for line in lines.values() if isinstance(f := line.get("features"), dict)), None)
+    features = next((f for line in lines.values() if (f := _distances(line)) is not None), None)
     if features is None:
         return ""
-    text = (
-        f" Distances of features are between {features['generated']:,} generated and {features['held_out']:,} held-out "
-        "images"
-    )
+    made, others = features["generated"], features["held_out"]
+    what = f"generated and {others:,} held-out images"
+    if features.get("things") == "videos":
+        what = f"generated videos and {others:,} of the teacher's"
+    text = f" Distances of features are between {made:,} {what}"
     if not features["reliable"]:
         text += f", too few for a Fréchet distance in {features['dimensions']:,} dimensions"
     return text + "."
