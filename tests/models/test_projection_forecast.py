@@ -119,17 +119,24 @@ def test_a_forecast_is_what_is_made(tmp_path):
         assert planned == made
 
 
-def test_a_forecast_of_a_language_model_is_what_is_made(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_forecast_of_a_language_model_is_what_is_made(tied, tmp_path):
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
-    )
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     model = {"library": "transformers", "source": str(tmp_path)}
-    settings = {"hidden_size": 16, "num_hidden_layers": 2, "head_dim": 8, "tie_word_embeddings": False}
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "head_dim": 8, "tie_word_embeddings": tied}
     student = StudentConfig.model_validate(
         {
             "model": {**model, "overrides": settings},
-            "init": {"kind": "projection", "teacher": model, "basis": "weights", "calibration_rows": 0},
+            "init": {
+                "kind": "projection",
+                "teacher": model,
+                "basis": "importance" if tied else "weights",
+                "calibration_rows": 0,
+            },
         }
     )
     found = forecast(student, Row(64))

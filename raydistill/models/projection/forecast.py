@@ -105,7 +105,9 @@ def _language(
 def _blank(source: TransformersModel | PythonModel) -> PreTrainedModel:
     if isinstance(source, PythonModel):
         return empty_language_model(source)
-    return blank_language_model(language_config(source), attention=source.attention)
+    model = blank_language_model(language_config(source), attention=source.attention)
+    model.tie_weights()  # which making it without memory undid; tied weights count once
+    return model
 
 
 def _denoiser(model: DiffusersModel, source: DiffusersModel, init: ProjectionInit, row: Row) -> Forecast:
