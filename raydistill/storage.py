@@ -27,6 +27,7 @@ from raydistill.errors import ConfigError, DataError, OutOfSpace, StorageFailed
 V = TypeVar("V")
 RETRY_SECONDS = (1.0, 3.0, 9.0, 27.0)
 """Pauses before an object store is asked again."""
+OTHER_LOCAL_DISK = "set TMPDIR to a folder on a local disk with room"
 LEFTOVER_SECONDS = 24 * 3600
 """An unfinished file that nobody wrote to for this long has no writer any more."""
 
@@ -158,7 +159,7 @@ class Store:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                if self.is_local:
+                if self.is_local or _is_full(error):
                     raise
                 pause = next(pauses, None)
                 if pause is None:
@@ -182,7 +183,8 @@ class Store:
             with self.filesystem.open_input_stream(self.path(name)) as source, path.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 8 << 20)
 
-        self._patiently(act, f"read {self.uri}/{name}")
+        with full_disk_explained(path, elsewhere=OTHER_LOCAL_DISK):
+            self._patiently(act, f"read {self.uri}/{name}")
 
     def delete(self, name: str) -> None:
         """Remove file `name` if it is there."""
@@ -276,18 +278,22 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_explained(path: Path) -> Iterator[None]:
+def full_disk_explained(path: Path, *, elsewhere: str = "point run_dir or cache.dir elsewhere") -> Iterator[None]:
     """Raise `OutOfSpace` in place of what writers raise when the disk is full (safetensors has an error of its own)."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left" not in str(error):
+        if isinstance(error, OutOfSpace) or not _is_full(error):
             raise
         raise OutOfSpace(
             f"cannot write {path}: the disk is full. Everything written before is kept; "
-            "make room (or point run_dir or cache.dir elsewhere) and run the same command again."
+            f"make room (or {elsewhere}) and run the same command again."
         ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def readable_by_others(path: Path) -> None:

@@ -8,7 +8,6 @@ files that were not opened for longest go first, and losing any of them costs on
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -27,7 +26,8 @@ from typing import Generic, TypeVar
 
 import pyarrow as pa
 
-from raydistill.errors import DataError, OutOfSpace
+from raydistill.errors import DataError
+from raydistill.storage import OTHER_LOCAL_DISK, full_disk_explained
 
 V = TypeVar("V")
 SUFFIXES = (".arrow", ".safetensors")
@@ -116,15 +116,9 @@ class LocalFiles(Generic[V]):
             self._make_room(made.nbytes)
             part = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
             try:
-                made.write(part)
-                os.replace(part, path)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise OutOfSpace(
-                        f"cannot unpack {made.nbytes} bytes into {self._folder}: the disk is full. "
-                        "Set TMPDIR to a folder on a local disk with room and run the same command again."
-                    ) from error
-                raise
+                with full_disk_explained(path, elsewhere=OTHER_LOCAL_DISK):
+                    made.write(part)
+                    os.replace(part, path)
             finally:
                 part.unlink(missing_ok=True)
         return path

@@ -90,11 +90,16 @@ def test_an_interrupted_read_leaves_nothing_behind(tmp_path: Path) -> None:
     assert shards.get("key", lambda: table(3)) == 3
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")],
+)
+@pytest.mark.fault("the disk for unpacked shards is full", "one message that names TMPDIR; nothing half is left")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OutOfSpace, match="Set TMPDIR"):
+    with pytest.raises(OutOfSpace, match=r"the disk is full.* set TMPDIR"):
         LocalShards(first, folder=tmp_path).get("key", lambda: table(3))
     assert not list(tmp_path.glob("*.arrow"))

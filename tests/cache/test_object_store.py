@@ -14,7 +14,7 @@ from s3_server import Server
 
 from raydistill.cache.build import build_inputs
 from raydistill.config.schema import RunConfig
-from raydistill.errors import ConfigError, StorageFailed
+from raydistill.errors import ConfigError, OutOfSpace, StorageFailed
 from raydistill.storage import Store
 
 
@@ -103,6 +103,16 @@ def test_a_stream_that_is_left_early_would_have_made_a_half_object(far_store: St
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert far_store.size("half") == 100
+
+
+@pytest.mark.fault("the disk for fetched shards is full", "one message that names TMPDIR, at once")
+def test_a_full_local_disk_is_not_blamed_on_the_store(s3: Server, far_store: Store, tmp_path: Path) -> None:
+    far_store.publish("a", b"x" * 100_000)
+    s3.requests.clear()
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OutOfSpace, match=r"cannot write .*/full: the disk is full.* set TMPDIR"):
+        far_store.fetch("a", tmp_path / "full")
+    assert s3.count("GET") <= 2
 
 
 def test_refused_keys_are_not_tried_again(s3: Server, far_store: Store) -> None:
