@@ -115,3 +115,7 @@ def test_two_ranks_have_the_losses_of_one_process_with_the_maps_that_they_train(
     for found in run_ranks(on_two_ranks, 2, timeout=500):
         for stage in (2, 3):
             require_same(found[stage], alone)
+
+
+def test_partitioned_a_world_model_has_the_losses_of_the_whole_one() -> None:
+    require_same(losses(3, micro=2), losses(0, micro=2))

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from raydistill.errors import ConfigError
 
 
-@dataclass(slots=True)
-class WorldOutput:
+@dataclass
+class WorldOutput:  # without slots: at stage 3 DeepSpeed looks for tensors in the `__dict__` of what a module returns
     """What a world model says about B clips of T frames and T - 1 actions. Frames have values about in [0, 1]."""
 
     frames: Float[Tensor, "clips steps channels height width"]
