@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from test_pipeline import WORDS, tiny_config
-from test_reliability import ENVIRONMENT, finish, free_port, losses, start, trained, wait_for
+from test_reliability import finish, free_port, losses, notice, start, trained, wait_for
 from toys import save_model, tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -92,10 +90,7 @@ def test_a_node_that_is_told_to_go_leaves_a_checkpoint_and_the_rest_goes_on_with
     config = write_config(problem, tmp_path, [1, 2], every_steps=STEPS)
     process = start(config, RAY_ADDRESS=cluster.address, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")  # type: ignore[attr-defined]
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path)) > 5, process)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]  # type: ignore[attr-defined]
-    command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command += ["--reason-message", "spot", "--deadline-remaining-seconds", "20"]
-    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True)
+    notice(cluster.address, node.node_id, seconds=20)  # type: ignore[attr-defined]
     wait_for(lambda: trained(tmp_path) > 0, process)
     saved = trained(tmp_path)
     assert 0 < saved < STEPS, "only the notice can have made this checkpoint"

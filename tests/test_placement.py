@@ -49,6 +49,15 @@ def test_what_no_node_type_can_meet_is_an_error(wrong: str) -> None:
         place(config("resources.teacher.accelerator=L40S", f"resources.teacher.{wrong}"))
 
 
+@pytest.mark.parametrize("text", [None, "a: [", "name: a cluster of another kind"])
+def test_a_file_that_describes_no_cluster_is_named_with_its_key(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "cluster.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^resources\.cluster: {file}"):
+        place(config(f"resources.cluster={file}"))
+
+
 def test_without_a_file_nothing_is_said() -> None:
     assert placement_table(load_config([str(ROOT / "configs/lm_topk.yaml")], [])) == ""
 

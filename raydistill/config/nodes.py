@@ -90,7 +90,10 @@ def node_types(file: str) -> tuple[NodeType, ...]:
 
     Raises `ConfigError` when `file` is neither.
     """
-    content, _ = read_yaml(Path(file))
+    try:
+        content, _ = read_yaml(Path(file))
+    except ConfigError as error:
+        raise ConfigError(f"resources.cluster: {error}") from error
     try:
         if isinstance(content.get("available_node_types"), dict):
             return _launcher(content)
