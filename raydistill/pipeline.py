@@ -29,7 +29,7 @@ from raydistill.cluster import connect, on_teacher_hardware, on_train_hardware, 
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
-from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.sources import ENCODED, ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.training import PhaseConfig
 from raydistill.config.world import EpisodesSource
 from raydistill.errors import ConfigError, VerificationFailed
@@ -93,7 +93,7 @@ class Run:
             return seconds * train.gpus
         if stage == "verify":  # one actor's: `on_teacher_hardware`
             return seconds * teacher.gpus
-        encoded = isinstance(self.config.source, ImagesSource | VideosSource | PromptsSource)
+        encoded = isinstance(self.config.source, ENCODED)
         if teacher.gpus == 0 or not (stage == "signals" or (stage == "inputs" and encoded)):
             return 0.0
         caches = [self.inputs] if stage == "inputs" else self.signals.values()

@@ -30,6 +30,27 @@ def test_stages_stand_where_their_accelerator_is() -> None:
     ]
 
 
+def test_what_encodes_images_stands_where_teachers_do() -> None:
+    file = f"resources.cluster={ROOT / 'cluster/aws.yaml'}"
+    images = load_config([str(ROOT / "configs/sdxl_multi_teacher.yaml")], [file, "resources.teacher.accelerator=L40S"])
+    found = place(resolve_paths(images))
+    assert [(stage.stage, [name for name, *_ in stage.nodes]) for stage in found[1:3]] == [
+        ("inputs", ["teachers"]),
+        ("signals", ["teachers"]),
+    ]
+    with pytest.raises(ConfigError, match=r"resources\.teacher: wanted"):
+        place(
+            images.model_copy(
+                update={
+                    "teachers": (),
+                    "resources": images.resources.model_copy(
+                        update={"teacher": images.resources.teacher.model_copy(update={"accelerator": "A100"})}
+                    ),
+                }
+            )
+        )
+
+
 def test_shares_of_a_gpu_need_fewer_nodes() -> None:
     found = place(config("resources.teacher={actors: [4, 8], gpus: 0.25, cpus: 1, accelerator: L40S}"))
     assert found[1].nodes == (("teachers", 1, 2),)

@@ -293,6 +293,8 @@ SourceConfig = Annotated[
     Field(discriminator="kind"),
     tag_defaults_to("kind", "text"),
 ]
+ENCODED = ImagesSource | VideosSource | PromptsSource
+"""Sources whose inputs models encode, on the actors of `resources.teacher`."""
 Pictures: TypeAlias = ImagesSource | VideosSource
 """Sources whose rows are pictures, still or moving."""
 LatentSource: TypeAlias = ImagesSource | VideosSource | PromptsSource

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from raydistill.config.nodes import NodeType, node_types, require_places
 from raydistill.config.schema import RunConfig
+from raydistill.config.sources import ENCODED
 from raydistill.plan.words import block
 
 
@@ -31,8 +32,10 @@ def place(config: RunConfig) -> tuple[Placement, ...]:
         return ()
     types, teacher, train = node_types(resources.cluster), resources.teacher, resources.train
     found = [_stage(types, config, "decode", "inputs", (1, 1), resources.decode.cpus, 0, None)]
+    size = (teacher.cpus, teacher.gpus, teacher.accelerator)
+    if isinstance(config.source, ENCODED):
+        found.append(_stage(types, config, "teacher", "inputs", teacher.actors, *size))
     if config.teachers:
-        size = (teacher.cpus, teacher.gpus, teacher.accelerator)
         found.append(_stage(types, config, "teacher", "signals", teacher.actors, *size))
     if train.workers != 0:
         workers = (train.workers, train.workers) if isinstance(train.workers, int) else train.workers
