@@ -219,7 +219,10 @@ def _folder(model: TransformersModel, weights: torch.dtype | None) -> Path:
 
 def _gguf(source: str, path: Path) -> Path:
     if path.suffix != ".gguf":
-        raise DataError(f"{source}: wanted a folder or a .gguf file, found the file {path.name}")
+        raise DataError(
+            f"{source}: wanted a folder or a .gguf file, found the file {path.name}. Name the folder that holds it and "
+            "the model's config.json."
+        )
     return path
 
 

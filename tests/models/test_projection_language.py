@@ -570,6 +570,12 @@ def test_numbers_that_are_not_finite_are_said_and_not_passed_on(tmp_path):
         projected(saved(teacher, tmp_path), {"num_hidden_layers": 3}, depth=(0, 1, 3), calibration_rows=0)
 
 
+def test_a_lone_file_of_tensors_is_sent_back_for_its_folder(tmp_path):
+    file = saved(llama(), tmp_path) / "model.safetensors"
+    with pytest.raises(DataError, match=r"found the file model.safetensors. Name the folder that holds it"):
+        projected(file, {"hidden_size": 16})
+
+
 def test_a_shard_that_is_not_there_is_said(tmp_path):
     folder = saved(llama(), tmp_path, max_shard_size="20KB")
     sorted(folder.glob("*.safetensors"))[1].unlink()
