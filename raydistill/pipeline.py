@@ -40,6 +40,7 @@ from raydistill.models.agreement import check_vocabularies
 from raydistill.models.denoiser_agreement import check_denoisers
 from raydistill.models.student import publish_student
 from raydistill.models.world.agreement import check_worlds
+from raydistill.plan.placement import place
 from raydistill.report import write_report
 from raydistill.signals import AVERAGE
 from raydistill.sources.buckets import buckets_of
@@ -228,12 +229,19 @@ def _check_agreement(config: RunConfig) -> None:
 
 
 def _inputs(run: Run, asked: bool) -> None:
-    run.inputs = build_inputs(run.config, run.caches, connect=partial(connect, run.config))
+    run.inputs = build_inputs(run.config, run.caches, connect=partial(_connect, run, asked))
+
+
+def _connect(run: Run, asked: bool) -> None:
+    """`connect` for a stage that others may follow: what those can never have is an error before anything is done."""
+    if not asked:
+        place(run.config)
+    connect(run.config)
 
 
 def _signals(run: Run, asked: bool) -> None:
     inputs, manifest = run.inputs
-    ray = partial(connect, run.config)
+    ray = partial(_connect, run, asked)
     signals = {
         teacher.name: build_signal(run.config, teacher, inputs, manifest, run.caches, connect=ray)
         for teacher in run.config.teachers

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_pipeline import tiny_config
+from toys import save_model, tiny_llama
 
+from raydistill import pipeline
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import PlanConfig, RunConfig
@@ -49,6 +52,24 @@ def test_what_encodes_images_stands_where_teachers_do() -> None:
                 }
             )
         )
+
+
+@pytest.mark.parametrize("stages", [None, ("inputs",)])
+def test_what_a_later_stage_can_never_have_is_refused_before_the_first_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[str, ...] | None
+) -> None:
+    save_model(tiny_llama(), tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("some words\nand more of them\n" * 20)
+    train = {"workers": 2, "gpus": 1, "accelerator": "A100"}
+    resources = {"cluster": str(ROOT / "cluster/aws.yaml"), "train": train}
+
+    def connect(config: RunConfig) -> None:
+        raise ConnectionError("would have started to work")
+
+    monkeypatch.setattr(pipeline, "connect", connect)
+    expected = (ConfigError, r"resources\.train: wanted 2 .*A100") if stages is None else (ConnectionError, "started")
+    with pytest.raises(expected[0], match=expected[1]):
+        pipeline.run(tiny_config(tmp_path, resources=resources), stages)
 
 
 def test_shares_of_a_gpu_need_fewer_nodes() -> None:

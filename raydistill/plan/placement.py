@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from raydistill.config.nodes import NodeType, node_types, require_places
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ENCODED
+from raydistill.config.world import WorldTeacher
 from raydistill.plan.words import block
 
 
@@ -35,7 +36,8 @@ def place(config: RunConfig) -> tuple[Placement, ...]:
     size = (teacher.cpus, teacher.gpus, teacher.accelerator)
     if isinstance(config.source, ENCODED):
         found.append(_stage(types, config, "teacher", "inputs", teacher.actors, *size))
-    if config.teachers:
+    beside = [t for t in config.teachers if not (isinstance(t, WorldTeacher) and t.online == "local")]
+    if beside:  # the others run in the training workers
         found.append(_stage(types, config, "teacher", "signals", teacher.actors, *size))
     if train.workers != 0:
         workers = (train.workers, train.workers) if isinstance(train.workers, int) else train.workers
