@@ -104,6 +104,7 @@ def problems(config: RunConfig) -> list[str]:
         *_online(config),
         *_average(config),
         *_projection(config),
+        *_clips(config),
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
         *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
         *_resources(config),
@@ -322,6 +323,22 @@ def _taps(config: RunConfig, recipe: NoisePredictionRecipe, at: str) -> Iterator
         if rule.tap not in kept.get(rule.teacher, []):
             known = "; ".join(f"{name}: {', '.join(taps) or 'none'}" for name, taps in kept.items()) or "none"
             yield f"{at}.taps.{index}: teacher {rule.teacher!r} keeps no tap {rule.tap!r}; kept are {known}."
+
+
+def _clips(config: RunConfig) -> Iterator[str]:
+    """World models: teachers without weights, and beginnings of rollouts that leave no frame of a clip to make."""
+    if not isinstance(config.source, EpisodesSource):
+        return
+    frames = config.source.clip_frames
+    begun = {"evaluate.worlds.context": config.evaluate.worlds.context}
+    for index, teacher in enumerate(config.teachers):
+        if isinstance(teacher, RolloutTeacher):
+            begun[f"teachers.{index}.initial_frames"] = teacher.initial_frames
+        if isinstance(teacher.model, WorldModel) and not teacher.model.source:
+            yield f"teachers.{index}.model: wanted a teacher with weights, found sizes alone; name its source."
+    for key, number in begun.items():
+        if number >= frames:
+            yield f"{key}: wanted fewer than the {frames} frames of a clip (source.clip_frames), found {number}."
 
 
 def _features(config: RunConfig, recipe: FeaturesRecipe, at: str) -> Iterator[str]:

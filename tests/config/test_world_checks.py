@@ -56,6 +56,21 @@ def test_the_plain_run_is_valid_and_taps_may_be_names() -> None:
     ("key", "value", "message"),
     [
         ("source.environment", {"id": "crafter", "episodes": 1}, "exactly one of paths and environment"),
+        (
+            "evaluate",
+            {"worlds": {"context": 8}},
+            r"evaluate\.worlds\.context: wanted fewer than the 8 frames of a clip",
+        ),
+        (
+            "teachers.0",
+            {**TEACHER, "signal": "rollout", "initial_frames": 9},
+            r"teachers\.0\.initial_frames: wanted fewer than the 8 frames .*found 9",
+        ),
+        (
+            "teachers.0.model",
+            RUN["student"]["model"],
+            r"teachers\.0\.model: wanted a teacher with weights, found sizes alone",
+        ),
         ("source.noop", 4, r"noop: wanted an action below num_actions \(4\), found 4"),
         ("student.model", {"library": "world"}, "wanted a source or sizes, found neither"),
         ("student.init", {"kind": "layers", "num_layers": 1}, "a world model wants random, pretrained or checkpoint"),

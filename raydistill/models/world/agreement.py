@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from raydistill.config.schema import RunConfig
-from raydistill.config.world import RolloutTeacher, WorldModel, WorldTeacher
+from raydistill.config.world import FeaturesRecipe, RolloutTeacher, WorldModel, WorldSizes, WorldTeacher
 from raydistill.errors import ConfigError
+from raydistill.models.taps import Taps
 from raydistill.models.world.files import world_sizes
+from raydistill.models.world.model import empty_world
 
 
 def check_worlds(config: RunConfig) -> None:
     """Raise `ConfigError` unless every model of the reference family fits the source; others are asked when they load.
 
     Frames must be of one size. Actions of the source must be known to every model, and the ones that a teacher's
-    rollouts sample must be known to the student.
+    rollouts sample must be known to the student. The student must have the modules whose features are matched, which
+    would otherwise be found out when the teachers have been asked.
     """
     source, student = config.episodes, config.student.model
     assert isinstance(student, WorldModel), "the configuration lets episodes be learnt by world models alone"
@@ -22,6 +25,7 @@ def check_worlds(config: RunConfig) -> None:
         if isinstance(teacher.model, WorldModel):
             models[f"teachers.{index}.model"] = teacher.model
     own = world_sizes(student)
+    _check_modules(config, own)
     for key, model in models.items():
         sizes = world_sizes(model)
         if tuple(sizes.frame_size) != tuple(source.frame_size) or sizes.channels != 3:
@@ -48,3 +52,13 @@ def check_worlds(config: RunConfig) -> None:
                 f"{key}: sees {sizes.context} frames of the {source.clip_frames - 1} before the last of a clip",
                 flush=True,
             )
+
+
+def _check_modules(config: RunConfig, sizes: WorldSizes) -> None:
+    network = empty_world(sizes)
+    for index, phase in enumerate(config.phases):
+        if isinstance(phase.recipe, FeaturesRecipe):
+            rules = {"features": phase.recipe.features, "attention": phase.recipe.attention}
+            for word, group in rules.items():
+                paths = {str(number): rule.student for number, rule in enumerate(group)}
+                Taps(network, paths, where=f"phases.{index}.recipe.{word}")
