@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raydistill.config.schema import RunConfig
-from raydistill.config.world import FeaturesRecipe, RolloutTeacher, WorldModel, WorldSizes, WorldTeacher
+from raydistill.config.world import (
+    AttentionRule,
+    FeatureRule,
+    FeaturesRecipe,
+    RolloutTeacher,
+    WorldModel,
+    WorldSizes,
+    WorldTeacher,
+)
 from raydistill.errors import ConfigError
 from raydistill.models.taps import Taps
 from raydistill.models.world.files import world_sizes
@@ -58,7 +68,10 @@ def _check_modules(config: RunConfig, sizes: WorldSizes) -> None:
     network = empty_world(sizes)
     for index, phase in enumerate(config.phases):
         if isinstance(phase.recipe, FeaturesRecipe):
-            rules = {"features": phase.recipe.features, "attention": phase.recipe.attention}
+            rules: dict[str, Sequence[FeatureRule | AttentionRule]] = {
+                "features": phase.recipe.features,
+                "attention": phase.recipe.attention,
+            }
             for word, group in rules.items():
                 paths = {str(number): rule.student for number, rule in enumerate(group)}
                 Taps(network, paths, where=f"phases.{index}.recipe.{word}")
