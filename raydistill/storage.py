@@ -78,6 +78,15 @@ class Store:
         infos = self._patiently(lambda: self.filesystem.get_file_info(selector), f"list {self.uri}")
         return sorted(i.base_name for i in infos if i.type == fs.FileType.File and not i.base_name.startswith(".tmp-"))
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this folder, sorted. On gs:// they are known by what is in them alone."""
+        deep = self.filesystem.type_name == "gcs"
+        selector = fs.FileSelector(self.root, allow_not_found=True, recursive=deep)
+        infos = self._patiently(lambda: self.filesystem.get_file_info(selector), f"list {self.uri}")
+        paths = [f"{i.path}/" if i.type == fs.FileType.Directory else i.path for i in infos]
+        inside = [path.removeprefix(self.root).lstrip("/") for path in paths]
+        return sorted({path.partition("/")[0] for path in inside if "/" in path})
+
     def size(self, name: str) -> int:
         """Bytes of file `name`."""
         return int(self._info(name).size)

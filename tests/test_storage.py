@@ -79,6 +79,14 @@ def test_what_this_user_may_not_do_is_said_in_words_and_asked_once(tmp_path: Pat
     assert os.listdir(tmp_path) == []
 
 
+def test_folders_are_those_directly_inside(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in ("b/x", "a/c/d", "file"):
+        store.publish(name, "")
+    assert store.folders() == ["a", "b"]
+    assert (store / "nothing").folders() == []
+
+
 def test_an_address_that_nobody_knows_is_said_in_words() -> None:
     with pytest.raises(ConfigError, match=r"^ftp://host/x: wanted a path, s3://bucket/folder or gs://bucket/folder: "):
         Store("ftp://host/x")

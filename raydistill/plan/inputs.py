@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from pyarrow import fs
 
 from raydistill.cache.codecs import codec_for
 from raydistill.cache.content import inputs_content, signal_content
@@ -102,9 +101,7 @@ def plan_inputs(config: RunConfig, missing: list[str]) -> tuple[InputsPlan | Non
 
 def has_inputs(config: RunConfig) -> bool:
     """Whether the cache folder holds any inputs."""
-    caches = Store(config.cache.dir)
-    infos = caches.filesystem.get_file_info(fs.FileSelector(caches.root, allow_not_found=True))
-    return any(info.base_name.startswith("inputs-") for info in infos)
+    return any(name.startswith("inputs-") for name in Store(config.cache.dir).folders())
 
 
 def finished_manifest(config: RunConfig, name: str, content: Mapping[str, JsonValue]) -> Manifest | None:

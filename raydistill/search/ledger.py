@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 import yaml
-from pyarrow import fs
 from pydantic import BaseModel, Field, JsonValue
 
 from raydistill.cache.manifest import parsed
@@ -122,9 +121,7 @@ class Ledger:
 
     def trials(self) -> list[TrialRecord]:
         """The trials that are there, by number."""
-        parent = self.store / "trials"
-        infos = parent.filesystem.get_file_info(fs.FileSelector(parent.root, allow_not_found=True))
-        names = sorted(int(i.base_name) for i in infos if i.base_name.isdigit())
+        names = sorted(int(name) for name in (self.store / "trials").folders() if name.isdigit())
         return [read_trial(self.folder(number)) for number in names if self.folder(number).exists(TRIAL)]
 
 

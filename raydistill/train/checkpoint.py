@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pyarrow import fs
 from pydantic import Field, JsonValue
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -184,10 +183,9 @@ class Checkpoints:
         For one rank, while no other is saving.
         """
         kept = {_folder(step) for step in self._steps()}
-        selector = fs.FileSelector(self.store.root, allow_not_found=True)
-        for info in self.store.filesystem.get_file_info(selector):
-            if info.type == fs.FileType.Directory and info.base_name.startswith("step-") and info.base_name not in kept:
-                self.store.filesystem.delete_dir(info.path)
+        for name in self.store.folders():
+            if name.startswith("step-") and name not in kept:
+                self.store.delete_folder(name)
 
 
 def _state(engines: Mapping[str, Engine], ema: Ema | None, *, owner: bool) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -94,7 +94,7 @@ def settle_candidate(job: PhaseJob, step: int) -> None:
                 copy_file(candidate, store / BEST, name)
         record_best(job, step, values)
     (store / CANDIDATES).delete(f"{_name(step)}.json")
-    candidate.filesystem.delete_dir(candidate.path())
+    (store / CANDIDATES).delete_folder(_name(step))
 
 
 def waiting_candidates(store: Store) -> list[int]:

@@ -40,7 +40,9 @@ def test_a_file_on_google_storage_comes_back_as_it_was(gs_store: Store, tmp_path
 def test_a_folder_on_google_storage_goes_with_all_that_is_in_it(gs_store: Store) -> None:
     for name in ("a/b", "a/c/d", "ab"):
         gs_store.publish(name, "text")
+    assert gs_store.folders() == ["a"]
     gs_store.delete_folder("a")
+    assert gs_store.folders() == []
     assert not gs_store.exists("a")
     assert not gs_store.exists("a/c/d")
     assert gs_store.names() == ["ab"]

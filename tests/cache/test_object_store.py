@@ -34,6 +34,7 @@ def test_a_file_comes_back_as_it_was(far_store: Store, tmp_path: Path, size: int
     far_store.fetch("a/b", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
     assert (far_store / "a").names() == ["b"]
+    assert far_store.folders() == ["a"]
     far_store.delete("a/b")
     assert not far_store.exists("a/b")
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from gs_server import gs, gs_running, gs_store
 from phases import Killed, kill_after, phase_job
 from s3_server import Server
 
@@ -13,6 +14,8 @@ from raydistill.errors import StorageFailed
 from raydistill.storage import Store
 from raydistill.train.checkpoint import Checkpoints
 from raydistill.train.launch import train_phase
+
+__all__ = ["gs", "gs_running", "gs_store"]
 
 
 @pytest.mark.fault(
@@ -49,6 +52,22 @@ def test_a_checkpoint_that_cannot_be_sent_ends_the_phase_and_the_one_before_it_s
     latest = Checkpoints(far.store / "checkpoints", 1).latest()
     assert latest is not None
     assert latest.step == 3
+
+
+def test_checkpoints_on_google_storage_come_and_go_and_training_continues_from_there(
+    gs_store: Store, tmp_path: Path
+) -> None:
+    undisturbed = phase_job(tmp_path, name="undisturbed")
+    train_phase(undisturbed)
+    far = dataclasses.replace(phase_job(tmp_path, name="far"), run=gs_store.uri)
+    with pytest.raises(Killed):
+        train_phase(far, report=kill_after(7))
+    train_phase(far)
+    left = (undisturbed.store / "checkpoints").folders()
+    assert "step-00000003" not in left
+    assert (far.store / "checkpoints").folders() == left
+    expected = Path(undisturbed.run, undisturbed.folder, "final/model.safetensors").read_bytes()
+    assert (far.store / "final").read("model.safetensors") == expected
 
 
 @pytest.mark.fault("a killed run left half a checkpoint on S3", "removed before the next one is written")
