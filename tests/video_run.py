@@ -89,5 +89,5 @@ def video_config(parts: Path, home: Path, **sections: Any) -> RunConfig:
         "evaluate": {"held_out": 0.4, "baseline": False, "videos": {"samples": 2, "fps": 8, "rollout_frames": 8}},
     }  # fmt: skip
     for name, section in sections.items():
-        plain[name] = {**plain[name], **section} if isinstance(section, dict) else section
+        plain[name] = {**plain.get(name, {}), **section} if isinstance(section, dict) else section
     return RunConfig.model_validate(plain)

@@ -188,8 +188,11 @@ def require_seen(folder: Store, names: Sequence[str]) -> None:
 
 
 def write_description(store: Store, fields: Mapping[str, FieldRecord], facts: Mapping[str, JsonValue]) -> None:
-    """Write down a teacher's fields and facts, once, so that the manifest does not need the teacher again."""
-    if not is_described(store):
+    """Write down a teacher's fields and facts, once, so that the manifest does not need the teacher again.
+
+    Not in a finished cache: an actor may be so late that the others have left nothing to do.
+    """
+    if not is_described(store) and not store.exists(MANIFEST):
         plain = {name: record.model_dump(mode="json") for name, record in fields.items()}
         store.publish(TEACHER, json.dumps({"fields": plain, "facts": dict(facts)}, indent=1, sort_keys=True))
 

@@ -179,8 +179,10 @@ def test_truncated_files_of_the_ledger_are_named_and_their_remedies_work(
     name = built.signal_manifest.shards[0].name
     described = {key: getattr(built.signal_manifest, key) for key in ("fields", "facts")}
     ledger.write_description(built.signal, described["fields"], described["facts"])
-    built.signal.publish("content.json", json.dumps(built.signal_manifest.content, indent=1))
+    assert cache_bytes(built.signal) == before, "an actor that comes late leaves a finished cache alone"
     built.signal.delete("manifest.json")
+    ledger.write_description(built.signal, described["fields"], described["facts"])
+    built.signal.publish("content.json", json.dumps(built.signal_manifest.content, indent=1))
     built.signal.delete(name)
     write_damaged(built.signal, {name: "truncated"})
     for file, remedy in (
