@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest_cache import InProcess
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from tiny_denoisers import SCHEDULE, save_pipeline, tiny_sdxl
 from tiny_encoders import sdxl_text_encoders
+from torch import Tensor, nn
 from video_run import FRAMES, SIDE, T_LIST, video_config, write_parts
 
 from raydistill.cache.build import build_inputs, build_signal
 from raydistill.config.metrics import training_metrics
 from raydistill.config.schema import RunConfig
+from raydistill.errors import ConfigError
 from raydistill.evaluate.job import EvaluateJob, Evaluation
-from raydistill.evaluate.stage import evaluate_run
+from raydistill.evaluate.stage import check_evaluation, evaluate_run
 from raydistill.export import export_run
 from raydistill.models.student import publish_student
 from raydistill.report import write_report
@@ -54,9 +57,36 @@ def trained(config: RunConfig) -> tuple[EvaluateJob, Evaluation, Store]:
     return evaluation, evaluate_run(evaluation), run
 
 
+class Means(nn.Module):
+    """Mean colours of a video."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3, 4))
+
+
+def test_video_distances_that_could_not_be_measured_are_refused_before_the_run(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "i3d.ckpt").write_bytes(b"")
+    videos = {"feature_extractor": str(tmp_path / "i3d.ckpt")}
+    config = video_config(parts, tmp_path, evaluate={"videos": videos})
+    with pytest.raises(ConfigError, match=r"evaluate\.videos\.feature_extractor: I3D .* at least 9 frames, found 5"):
+        check_evaluation(config)
+    plain = config.model_dump(mode="json")
+    plain["teachers"] = []
+    plain["phases"][0]["recipe"] = {
+        "kind": "self_forcing",
+        "real_score": plain["student"]["model"],
+        "guidance_scale": 2,
+    }
+    plain["phases"][0]["optimizer"]["critic"] = {"lr": 1e-3}
+    with pytest.raises(ConfigError, match="found no such pair; remove it"):
+        check_evaluation(RunConfig.model_validate(plain))
+
+
 def test_causal_kd_then_self_forcing_are_phases_of_one_run(in_process: InProcess, parts: Path, tmp_path: Path) -> None:
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    videos = {"samples": 2, "rollout_frames": 8, "feature_extractor": str(tmp_path / "means.pt"), "feature_size": 8}
     config = video_config(parts, tmp_path, evaluate={"held_out": 0.4, "baseline": False, "every_steps": 2,
-                                                     "videos": {"samples": 2, "rollout_frames": 8}})  # fmt: skip
+                                                     "videos": videos})  # fmt: skip
     plain = config.model_dump(mode="json")
     plain["phases"].append(
         plain["phases"][0]
@@ -76,6 +106,9 @@ def test_causal_kd_then_self_forcing_are_phases_of_one_run(in_process: InProcess
     assert line["mse_to_teacher"] == line[f"mse_after/{len(T_LIST) - 1}"]
     assert line["frames_per_second"] == pytest.approx(FRAMES * line["samples_per_second"])
     assert line["rollout_frames"] == 8
+    distance = line["video_features_to_teacher"]
+    assert (distance["extractor"], distance["things"]) == ("means", "videos")
+    assert distance["generated"] == distance["held_out"] == metrics["held_out"]["draws"]  # type: ignore
     assert metrics["teacher"]["mse_to_teacher"] == 0.0  # type: ignore[index, call-overload]
     for name, content in found.files.items():
         run.publish(name, content)
