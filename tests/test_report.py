@@ -265,7 +265,7 @@ def test_an_image_run_shows_every_model_beside_its_teachers(tmp_path: Path) -> N
     assert base64.b64decode(sources[4]) == run.read("samples/00-student.png")
     assert "flag: <b>Wales</b> & more" in parsed.text
     assert "(no caption)" in parsed.text
-    assert "61 held-out images with 244 draws of noise" in parsed.text
+    assert "61 held-out samples with 244 draws of noise" in parsed.text
     for text in ("too few for 2,048 features", "Error to google", "Fréchet distance · default_1", "Each teacher"):
         assert text in parsed.text
     assert "None" not in parsed.text

@@ -130,13 +130,16 @@ def image_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path
     if config.export.weights != "ema":
         roles = {**roles, "student_ema": "its moving average"}
     teachers = [_teacher(t) for t in config.teachers]
-    renamed = {"samples_per_second": "samples per second"} if config.student.generator is not None else {}
+    samples = "images" if _frames(config) is None else "videos"
+    renamed = {"images_per_second": f"{samples} per second"}
+    if config.student.generator is not None:
+        renamed["samples_per_second"] = "samples per second"
     lines = {role: _flat(line) for role, line in lines_of(metrics, roles).items()}
     return rendered(
         CARD,
         name=config.name,
         task=_task(config),
-        kind_of_samples="videos" if _frames(config) is not None else "images",
+        kind_of_samples=samples,
         origin=f"distilled from {' and '.join(t['source'] for t in teachers)}" if teachers else "trained",
         teachers=teachers,
         usage=_usage(config, folder),
@@ -145,7 +148,7 @@ def image_card(config: RunConfig, metrics: Mapping[str, JsonValue], folder: Path
         student=f"`{shown(config.student.model.source)}`, init {config.student.init.kind}",
         phases=[phase_line(p, _recipe(p.recipe), "draws") for p in config.phases],
         seed=config.seed,
-        held_out=_held_out(metrics),
+        held_out=_held_out(metrics, samples),
         table=table("", _titles(lines) | renamed, lines, roles) if lines else "Nothing was measured.",
         kind=(
             "samples to the teacher's from the same noise"
@@ -269,11 +272,11 @@ def _recipe(recipe: RecipeConfig) -> str:
     return f"{recipe.kind} with alpha {recipe.alpha:g}, {recipe.loss}{weighting}{taps}"
 
 
-def _held_out(metrics: Mapping[str, JsonValue]) -> str:
+def _held_out(metrics: Mapping[str, JsonValue], samples: str) -> str:
     found = metrics.get("held_out")
     if not isinstance(found, dict):
         return ""
-    return f"{found['rows']:,} held-out images ({found['draws']:,} draws of noise)"
+    return f"{found['rows']:,} held-out {samples} ({found['draws']:,} draws of noise)"
 
 
 def _distances(line: Line) -> dict[str, Any] | None:

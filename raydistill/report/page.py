@@ -204,7 +204,7 @@ def held_out_words(metrics: Json) -> str:
     """What was measured on, in words."""
     found = section(metrics.get("held_out"))
     if "draws" in found:
-        return f"{said(found.get('rows'))} held-out images with {said(found['draws'])} draws of noise"
+        return f"{said(found.get('rows'))} held-out samples with {said(found['draws'])} draws of noise"
     if "targets" in found:
         rows, targets = (f"{as_number(found.get(key)) or 0:,.0f}" for key in ("rows", "targets"))
         return f"{rows} held-out rows with {targets} predicted tokens"

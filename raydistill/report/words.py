@@ -58,8 +58,8 @@ METRICS = (
     Metric("parameters", "Parameters", "numbers that the model holds"),
     Metric("bytes", "Size", "bytes of the weights in the number format used", "bytes"),
     Metric("tokens_per_second", "Tokens per second", "forward pass and output head, same rows and machine"),
-    Metric("samples_per_second", "Steps per second", "forward passes of one image each, same draws and machine"),
-    Metric("images_per_second", "Images per second", "all steps of the sampler, and decoding"),
+    Metric("samples_per_second", "Steps per second", "forward passes of one sample each, same draws and machine"),
+    Metric("images_per_second", "Samples made per second", "all steps of the sampler, and decoding"),
     Metric("frames_per_second", "Frames per second", "of one video of equal length, all steps"),
     Metric("peak_memory_bytes", "Working memory", "most that a forward pass takes beside the weights", "bytes"),
 )
