@@ -62,8 +62,8 @@ def main() -> None:
 
 
 def measure_capture(config: RunConfig, threads: int) -> tuple[dict[str, object], Store, Store]:
-    """The pipeline, then the bare teacher on its batches."""
-    caches, teacher_config, noise = Store(config.cache.dir), config.teachers[0], config.images.noise
+    """The pipeline, then the bare teacher of denoisers on its batches."""
+    caches, teacher_config, noise = Store(config.cache.dir), config.teachers[0], config.latents.noise
     ray.init(address="local", num_cpus=threads + 1, log_to_driver=False, include_dashboard=False)
     inputs, manifest = build_inputs(config, caches)
     start = time.time()

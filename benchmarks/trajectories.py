@@ -7,22 +7,35 @@ error of the rule of NVlabs/FastGen's script, which keeps the first state at or 
 the wanted one.
 
     python benchmarks/trajectories.py
+    python benchmarks/trajectories.py speed [--threads N]
+
+`speed`: samples per second of the teacher of configs/tiny/video_self_forcing.yaml through Ray, from the first shard's
+record to the last one's, against the same teacher called on the same batches in this process with as many threads. By
+default a core is left for what is not the teacher.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from images import measure_capture
 from machine import write
 
 from raydistill.cache.dense import write_dense
+from raydistill.config.load import load_config
+from raydistill.config.paths import resolve_paths
+from raydistill.memory import keep_freed_memory
 from raydistill.models.denoiser import process_of_scheduler
 from raydistill.models.sampler import SECOND_ORDER, Sampler
 from raydistill.storage import Store
 
+CONFIG = Path(__file__).parents[1] / "configs/tiny/video_self_forcing.yaml"
 BETAS = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW = {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
 SAMPLERS: dict[str, tuple[dict[str, Any], int, list[float]]] = {
@@ -79,7 +92,26 @@ def size(shape: tuple[int, ...], samples: int, states: int) -> dict[str, Any]:
     return {"samples": samples, "states": states, "bytes": record.bytes, "ratio_to_latents_alone": record.bytes / least}
 
 
+def speed(threads: int) -> dict[str, object]:
+    """Through Ray and bare: a sample of each prompt."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()  # as actors do, so that the comparison is fair
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            f"run_dir={folder}/run", f"resources.teacher.cpus={threads}", "source.noise.draws_per_row=1",
+            "source.shard_rows=8", "evaluate.held_out=0.000001",
+        ]  # fmt: skip
+        return measure_capture(resolve_paths(load_config([str(CONFIG)], overrides)), threads)[0]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("cache", "speed"), default="cache")
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    options = parser.parse_args()
+    if options.what == "speed":
+        write("trajectories_speed", {"threads": options.threads, **speed(options.threads)})
+        return
     result = {
         "labels": {name: labels(*settings) for name, settings in SAMPLERS.items()},
         "size": {name: size(*settings) for name, settings in SHAPES.items()},
