@@ -246,6 +246,8 @@ def test_the_lede_says_what_the_comparison_says() -> None:
         "Its held-out perplexity is 20, against 10 for the teacher and 40 before training.",
         "Distillation closed 50\N{NO-BREAK SPACE}% of the gap to the teacher.",
     ]
+    same = {**metrics, "comparison": {**metrics["comparison"], "parameters_ratio": 1.0}}
+    assert "parameters, as many as its teacher, and" in lede(same)[0]
     assert lede({}) == []
 
 

@@ -173,8 +173,8 @@ def lede(metrics: Mapping[str, JsonValue]) -> list[str]:
     parameters, speed = (as_number(comparison.get(f"{k}_ratio")) for k in ("parameters", "speed"))
     held = _line(metrics, "student")
     if parameters and (count := as_number(held.get("parameters"))):
-        ratio = times(parameters, more="more", less="fewer")
-        sentence = f"The student has {number(count)} parameters, {ratio} than its teacher"
+        ratio = f"{times(parameters, more='more', less='fewer')} than" if parameters != 1 else "as many as"
+        sentence = f"The student has {number(count)} parameters, {ratio} its teacher"
         if speed:
             sentence += f", and runs {number(speed)} times as fast"
         sentences.append(sentence + ".")
