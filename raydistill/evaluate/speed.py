@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +19,23 @@ SPEED_SECONDS = 4.0
 def samples_per_second(
     forward: Callable[[int], int], device: torch.device, *, turns: int, seconds: float = SPEED_SECONDS
 ) -> float:
-    """Samples per second of `forward(turn)`, which returns how many it did; turn 0 is done twice, to warm up."""
-    done, spent = 0, 0.0
+    """Samples per second of `forward(turn)`, which returns how many it did; turn 0 is done twice, to warm up.
+
+    It is the median over turns, so that what else the machine does for a moment counts little.
+    """
+    rates: list[float] = []
+    spent = 0.0
     for number, turn in enumerate([0, *range(turns)]):
         _wait(device)
         start = time.perf_counter()
         count = forward(turn)
         _wait(device)
         if number:
-            done, spent = done + count, spent + time.perf_counter() - start
+            rates.append(count / (elapsed := time.perf_counter() - start))
+            spent += elapsed
         if spent > seconds:
             break
-    return done / spent
+    return statistics.median(rates)
 
 
 def peak_bytes(forward: Callable[[], object], device: torch.device) -> int:

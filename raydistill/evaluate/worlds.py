@@ -222,7 +222,7 @@ def play_costs(model: WorldModel, clips: Clips) -> dict[str, float]:
     def forward(turn: int) -> int:
         return int(model.rollout(initial, actions).shape[1])
 
-    speed = samples_per_second(forward, place, turns=8)
+    speed = samples_per_second(forward, place, turns=20)
     return {"frames_per_second": speed, "peak_memory_bytes": peak_bytes(lambda: forward(0), place)}
 
 

@@ -23,6 +23,11 @@ def test_the_first_turn_warms_up_and_is_not_counted() -> None:
     assert 60 < speed < 201
 
 
+def test_a_moment_in_which_the_machine_does_something_else_counts_little() -> None:
+    speed = samples_per_second(lambda turn: time.sleep(0.5 if turn == 2 else 0.02) or 4, CPU, turns=5)
+    assert speed > 60  # the mean would be 34
+
+
 def test_measuring_stops_when_it_has_taken_long_enough() -> None:
     turns: list[int] = []
 
