@@ -100,7 +100,10 @@ class Ledger:
         return None if manifest is None or self.store.exists(DAMAGED) else manifest
 
     def begin(self) -> None:
-        """Write down what this folder is to hold; `CacheMismatch` when something else is being built in it."""
+        """Write down what this folder is to hold, and take away a damaged manifest.
+
+        `CacheMismatch` when something else is being built in it.
+        """
         if self.store.exists(CONTENT):
             remedy = "Remove this file and run the same command again; the shards that are built are kept."
             found = parsed(
@@ -114,6 +117,8 @@ class Ledger:
                 )
         elif self.manifest is None:
             self.store.publish(CONTENT, json.dumps(self.content, indent=1, sort_keys=True))
+        if self.manifest is None:
+            self.store.delete(MANIFEST)  # one that verify found wrong
 
     def damaged(self) -> dict[str, str]:
         """What `verify` found wrong, by shard name."""
