@@ -43,6 +43,7 @@ def test_an_elastic_range_needs_room_for_its_fewest_only(monkeypatch: pytest.Mon
 def test_a_phase_whose_node_is_lost_for_good_is_not_started_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    import ray
     from ray.train import WorkerGroupError
 
     def lose_a_node(trainer: object) -> None:
@@ -51,8 +52,11 @@ def test_a_phase_whose_node_is_lost_for_good_is_not_started_again(
 
     with_nodes(monkeypatch, 1.0, 1.0)
     monkeypatch.setattr(launch, "_fit", lose_a_node)
-    with pytest.raises(ConfigError, match=r"wanted 2 workers .* found room for 1 on 1 node"):
-        train_phase(on_workers(tmp_path, "lost"))
+    try:
+        with pytest.raises(ConfigError, match=r"wanted 2 workers .* found room for 1 on 1 node"):
+            train_phase(on_workers(tmp_path, "lost"))
+    finally:
+        ray.shutdown()  # the actor that collects progress has started it
 
 
 @pytest.fixture(scope="module")
