@@ -110,6 +110,21 @@ def test_the_card_names_no_path_of_this_machine() -> None:
     assert "Nothing was measured." in card
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {"source": "org/sdxl", "subfolder": "text_encoder"},
+        {"source": "pypi://a-package==1/model"},
+        {"source": "own/encoder"},
+    ],
+)
+def test_the_card_puts_a_denoiser_into_a_pipeline_only_where_there_is_one(encoder: dict[str, str]) -> None:
+    source = {**IMAGE_SETTINGS["source"], "vae": {"source": "org/vae"}, "text_encoders": [encoder]}
+    card = model_card(RunConfig.model_validate({**IMAGE_SETTINGS, "source": source}), {})
+    assert ('StableDiffusionXLPipeline.from_pretrained(\n    "org/sdxl"' in card) is ("subfolder" in encoder)
+    assert ('scheduler = DDIMScheduler.from_pretrained("path/to/this/folder"' in card) is ("subfolder" not in encoder)
+
+
 IMAGE_OUTSIDER = """
 import sys, json
 sys.modules["raydistill"] = None  # importing it raises

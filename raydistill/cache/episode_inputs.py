@@ -17,7 +17,7 @@ from raydistill.cache.ledger import Ledger, changed_hashes, is_described, read_d
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import map_shards, require_cluster
 from raydistill.cache.shards import field_records, publish_record, read_records
-from raydistill.config.schema import RunConfig
+from raydistill.config.schema import RunConfig, TeacherResources
 from raydistill.config.world import EpisodesSource
 from raydistill.errors import DataError
 from raydistill.signals import Field, JsonValue, Schema
@@ -59,12 +59,13 @@ def build_episode_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
     games = [(part.environment, part.num_actions) for part in source.parts.values() if part.environment is not None]
     for game, num_actions in games:
         require_game(game, num_actions)
-    share = config.resources.teacher.model_copy(update={"gpus": 0.0, "accelerator": None})
-    require_cluster("resources.teacher", share.actors[0], share.cpus, file=config.resources.cluster)
+    cpus = config.resources.decode.cpus
+    require_cluster("resources.decode", 1, cpus, file=config.resources.cluster)
     shards = plan_episodes(source, config.evaluate.held_out)
     old = ledger.manifest
     pending = ledger.pending([*shards])
     costs = {name: len(refs) for name, (_, refs) in shards.items()}
+    share = TeacherResources(actors=(1, max(1, len(pending))), cpus=cpus)
     for _ in map_shards(
         lambda tally: partial(EpisodeWorker, source, shards, store.uri, tally),
         pending or ([] if old is not None or is_described(store) else [""]),
@@ -92,7 +93,7 @@ def build_episode_inputs(config: RunConfig, ledger: Ledger) -> Manifest:
         parent=None,
         fields=fields,
         facts={**facts, "num_rows": dict(rows), "episodes": dict(episodes)},
-        build={"actors": list(share.actors), "shards": list(pending)},
+        build={"shards": list(pending)},
     )
 
 

@@ -82,7 +82,8 @@ class TrainResources(Config):
 
 
 class DecodeResources(Config):
-    """Resources of the workers that read and tokenise text, or read and decode images."""
+    """Resources of the workers that read and tokenise text, read and decode images and videos, or read and play
+    episodes."""
 
     cpus: float = Field(default=1, gt=0)
     """CPUs per worker."""

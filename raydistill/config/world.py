@@ -326,7 +326,7 @@ class FeaturesRecipe(Config):
     """Teacher: weight of the cross-entropy of the codes that the student's tokenizer gives to a frame, against the
     teacher's; makes the two codebooks mean the same."""
     features: tuple[FeatureRule, ...] = ()
-    """Teacher: hidden states to match (the seed's `encoder`, `dynamics` and `decoder`)."""
+    """Teacher: hidden states to match (for instance of `encoder`, `dynamics` and `decoder`)."""
     attention: tuple[AttentionRule, ...] = ()
     """Teacher: attention maps to match."""
     diversity: float = Field(default=0.0, ge=0)

@@ -89,7 +89,7 @@ def open_held_out(
         teachers,
         vocab_size,
         batch_tokens=batch.micro_size * config.text.seq_len,
-        chunk_tokens=min(r.chunk_tokens for r in recipes if isinstance(r, LmLogitsRecipe)),
+        chunk_tokens=min(r.chunk_tokens for r in recipes if hasattr(r, "chunk_tokens")),
     )
 
 

@@ -1,7 +1,8 @@
 """Play a world model: `python -m raydistill.evaluate.play MODEL --start FILE --actions 1112333 --out play.gif`.
 
 MODEL is the folder of an export (or of a run's init). The first frame comes from an image, from the first frame of an
-`.npz` episode, or from a game (`--game crafter`). Actions are digits, or numbers with commas; where the model knows at
+`.npz` episode, or from a game (`--game crafter`, with the `--arguments` that the model's episodes were played with, so
+that it sees what it knows). Actions are digits, or numbers with commas; where the model knows at
 most 10, one digit is one step. `--strip` writes a film strip beside the animation.
 """
 
@@ -11,9 +12,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image, UnidentifiedImageError
 
 from raydistill.config.world import Environment
@@ -63,12 +66,23 @@ def read_actions(text: str, num_actions: int) -> list[int]:
     return actions
 
 
+def read_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a game, a map in YAML."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"wanted a map such as {{area: [32, 32]}}, found {text!r}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"wanted a map such as {{area: [32, 32]}}, found {text!r}")
+    return found
+
+
 def first_frame(options: argparse.Namespace, network: WorldNetwork) -> torch.Tensor:
     """The frame that the model begins with, [C, H, W] in [0, 1]."""
     if (options.start is None) == (options.game is None):
         raise ConfigError("wanted exactly one of --start FILE and --game ID to begin with.")
     if options.game is not None:
-        game = make_game(Environment(id=options.game, episodes=1), options.seed)
+        game = make_game(Environment(id=options.game, episodes=1, arguments=options.arguments), options.seed)
         frame = game.reset()
     else:
         frame = _read(Path(options.start))
@@ -91,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="folder of an export")
     parser.add_argument("--start", help="image or .npz episode to begin with")
     parser.add_argument("--game", help="game to take the first frame from, e.g. crafter or ALE/Boxing-v5")
+    parser.add_argument(
+        "--arguments", type=read_arguments, default={}, help="of the game, as YAML, e.g. '{area: [32, 32]}'"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the game")
     parser.add_argument("--actions", required=True, help="actions, e.g. 111222 or 3,3,14")
     parser.add_argument("--out", default="play.gif", help="file to write")

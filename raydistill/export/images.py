@@ -188,7 +188,10 @@ def _usage(config: RunConfig, folder: Path | None) -> str:
     about = _json(folder, f"{place}/config.json")
     network = str(about.get("_class_name", "UNet2DConditionModel"))
     pipeline = PIPELINES.get(network)
-    if config.latents.vae == "none" or not config.latents.text_encoders or pipeline is None:
+    encoders = config.latents.text_encoders
+    # Text encoders out of a pipeline that diffusers finds by itself: the denoiser fits into that.
+    in_pipeline = encoders and encoders[0].subfolder and "://" not in encoders[0].source
+    if config.latents.vae == "none" or not in_pipeline or pipeline is None:
         scheduler = str(_json(folder, "scheduler/scheduler_config.json").get("_class_name", "DDIMScheduler"))
         return PLAIN_USAGE.format(network=network, scheduler=scheduler, folder=place)
     if about.get("addition_embed_type", "text_time" if folder is None else None) == "text_time":

@@ -1,8 +1,7 @@
-"""Data sets of the Hub and of local `datasets` folders, through the optional package `datasets`."""
+"""Data sets of the Hub and of local `datasets` folders, through the package `datasets`."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from raydistill.config.sources import HubDataset, TextSource
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import DataError
 from raydistill.models.hashes import file_hashes
 from raydistill.models.hub import HUB_SECONDS, first_line
 from raydistill.signals import JsonValue
@@ -64,12 +63,7 @@ def identity(dataset: HubDataset) -> dict[str, JsonValue]:
 
 @lru_cache(maxsize=4)
 def load(dataset: HubDataset) -> Dataset:
-    """The chosen split, memory-mapped. Raises `ConfigError` without the package, `DataError` for anything missing."""
-    if importlib.util.find_spec("datasets") is None:
-        raise ConfigError(
-            "source.dataset needs the package `datasets`, which is not installed: pip install 'raydistill[hub-data]', "
-            "or give files in source.paths"
-        )
+    """The chosen split, memory-mapped. Raises `DataError` for anything missing."""
     import datasets
 
     folder = Path(dataset.id).expanduser()

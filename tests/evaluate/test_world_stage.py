@@ -215,6 +215,34 @@ def test_play_writes_an_animation_of_what_was_typed(tmp_path: Path, capsys: Any)
     assert "exactly one of --start FILE and --game ID" in capsys.readouterr().err
 
 
+class Grey:
+    """A game that begins with one grey."""
+
+    class _Space:
+        n = 5
+
+    action_space = _Space()
+
+    def __init__(self, level: int = 0):
+        self._level = level
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict[str, object]]:
+        return np.full((12, 12, 3), self._level, np.uint8), {}
+
+
+def test_play_begins_with_the_game_as_its_arguments_make_it(tmp_path: Path, capsys: Any) -> None:
+    save_world(small_world(), tmp_path / "model")
+    arguments = [str(tmp_path / "model"), "--game", "test_world_stage:Grey", "--actions", "1", "--out"]
+    for level, words in ((0, []), (200, ["--arguments", "{level: 200}"])):
+        out = tmp_path / f"{level}.gif"
+        assert play.main([*arguments, str(out), *words]) == 0
+        assert np.asarray(Image.open(out).convert("RGB")).mean() == pytest.approx(level, abs=2)
+    with pytest.raises(SystemExit) as stop:
+        play.main([*arguments, "x.gif", "--arguments", "[200"])
+    assert stop.value.code == 2
+    assert "wanted a map such as {area: [32, 32]}, found '[200'" in capsys.readouterr().err
+
+
 def test_nothing_held_out_is_said(tmp_path: Path) -> None:
     from raydistill.errors import DataError
 

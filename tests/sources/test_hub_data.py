@@ -6,11 +6,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 from toys import tiny_tokenizer
 
 from raydistill.config.sources import TextSource
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import DataError
 from raydistill.sources import hub_data, text
 from raydistill.sources.text import rows, text_content, units
 
@@ -34,16 +35,9 @@ def source(dataset_id: str, **dataset: str) -> TextSource:
 
 
 def saved(folder: Path, *, splits: bool) -> Path:
-    datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"id": list(range(50)), "text": [f"document {i}" for i in range(50)]})
     (datasets.DatasetDict({"train": data, "test": data.select(range(5))}) if splits else data).save_to_disk(str(folder))
     return folder
-
-
-def test_without_the_package_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'raydistill\[hub-data\]'"):
-        units(source(str(tmp_path)))
 
 
 @pytest.mark.parametrize("splits", [True, False])
@@ -75,7 +69,6 @@ def test_another_split_is_other_content(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_data_files_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     config = source(str(tmp_path / "data"))
@@ -84,7 +77,6 @@ def test_a_folder_of_data_files_is_read_by_datasets(tmp_path: Path, monkeypatch:
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
 
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
@@ -96,7 +88,6 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
 
 
 def test_a_hub_that_is_switched_off_has_only_what_was_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
     monkeypatch.setattr(hub_data, "HF_HUB_OFFLINE", True)
     assert "datasets" in sys.modules
     with pytest.raises(DataError, match="cannot load nobody/nothing/train"):
