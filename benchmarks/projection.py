@@ -10,6 +10,12 @@ r"""What beginning with the teacher's weights saves: steps and time to the loss 
         --metric mse_to_teacher --bases importance --features-of configs/tiny/teachers/vae \
         --student '{num_layers: 4, num_attention_heads: 3, attention_head_dim: 16, ffn_dim: 128}' --steps 300 \
         --every 20 --rows 64
+    python benchmarks/projection.py FOLDER --name quickstart --config configs/quickstart.yaml --metric perplexity \
+        --bases importance --depths '[0,1,2,3,4,5,22,23,24,25,26,27,28,29]' uniform first last importance \
+        --against 'importance, [0,1,2,3,4,5,22,23,24,25,26,27,28,29]' --student '{num_hidden_layers: 14}' \
+        --steps 39 --every 13
+
+(and that of the UNet, which stands in benchmarks/results/projection_unet.json).
 
 One student architecture is trained from random weights and from each basis and depth rule, all from one cache, in
 one order, for as many steps and at one learning rate. Evaluations on held-out rows every `--every` steps say when each

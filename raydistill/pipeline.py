@@ -366,7 +366,7 @@ def summary(run: Run) -> str:
 def _short(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def _key(*parts: JsonValue) -> str:

@@ -74,7 +74,7 @@ def said(name: str, value: JsonValue) -> str:
     """A value of metric `name` as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–"
-    if name in ("parameters", "tokens_per_second") or abs(value) >= 1000:
+    if name in ("parameters", "tokens_per_second") or 1000 <= abs(value) < 1e12:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
