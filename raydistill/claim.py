@@ -22,7 +22,7 @@ from pydantic import BaseModel, JsonValue
 
 from raydistill.cache.local import local_folder
 from raydistill.cache.manifest import parsed
-from raydistill.config.paths import inside_ray_job
+from raydistill.config.paths import inside_ray_job, placeless
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError
 from raydistill.storage import Store, full_disk_explained, refusal_explained
@@ -158,7 +158,7 @@ def _defining(config: Mapping[str, JsonValue], trained: Sequence[Trained]) -> di
             return state == "done" or (state == "begun" and not FREE_WITHIN.match(key))
         return section in ("student", "seed") or any(state != "open" for state in trained)
 
-    return {key: value for key, value in flat("", dict(config)) if counts(key)}
+    return {key: placeless(value) for key, value in flat("", dict(config)) if counts(key)}
 
 
 def flat(key: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 
 from raydistill import progress
-from raydistill.cache.board import measured_by_ray
+from raydistill.cache.board import Watched, measured_by_ray, tell
 from raydistill.cache.pool import require_cluster
 from raydistill.config.paths import require_shared_folder
 from raydistill.config.schema import RunConfig, TeacherResources, TrainResources
@@ -84,4 +84,15 @@ def _on_cluster(
     options["scheduling_strategy"] = "SPREAD"  # the default would stay inside the share of a trial that asks
     if share.accelerator:
         options["accelerator_type"] = share.accelerator
-    return ray.get(ray.remote(**options)(function).remote(*args, **kwargs))
+    with Watched() as watched:
+        found: R = ray.get(ray.remote(**options)(_told).remote(watched.board, function, *args, **kwargs))
+    return found
+
+
+def _told(board: Any, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `function` in a worker whose progress and lines the driver shows."""
+    end = tell(board)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        end()

@@ -27,6 +27,7 @@ from raydistill.cache.verify import require_sound, verify
 from raydistill.claim import alone, claim, require_own
 from raydistill.cluster import connect, on_teacher_hardware, on_train_hardware, session
 from raydistill.config.load import load_config
+from raydistill.config.models import ProjectionInit
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
 from raydistill.config.sources import ENCODED, ImagesSource, PromptsSource, TextSource, VideosSource
@@ -262,9 +263,22 @@ def _verify(run: Run, asked: bool) -> None:
 
 
 def _init(run: Run, asked: bool) -> None:
-    if not run.store.exists("init/student.json"):
-        rows = calibration_rows(run.config, lambda: run.inputs[0])
-        publish_student(run.config.first_student, seed=run.config.seed, run=run.store, rows=rows)
+    if run.store.exists("init/student.json"):
+        return
+    init = run.config.first_student.init
+    inputs = run.inputs[0] if isinstance(init, ProjectionInit) and init.calibration_rows else None
+    if run.config.resources.train.gpus:  # the driver may stand on a small head, too small for what a student is made of
+        on_train_hardware(run.config, _publish_student, run.config, run.store, inputs)
+    else:
+        _publish_student(run.config, run.store, inputs)
+
+
+def _publish_student(config: RunConfig, store: Store, inputs: Store | None) -> None:
+    def opened() -> Store:
+        assert inputs is not None, "only a projection that is calibrated asks for rows"
+        return inputs
+
+    publish_student(config.first_student, seed=config.seed, run=store, rows=calibration_rows(config, opened))
 
 
 def _train(run: Run, asked: bool) -> None:

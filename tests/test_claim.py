@@ -12,9 +12,11 @@ from test_pipeline import tiny_config
 
 from raydistill import pipeline
 from raydistill.claim import alone, claim, require_own
+from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import RunConfig
 from raydistill.errors import ConfigError, DataError
 from raydistill.storage import Store
+from raydistill.train.job import PhaseJob
 
 FOLDERS = ["phases/distil", "phases/tune"]
 
@@ -40,6 +42,34 @@ def half_trained(tmp_path: Path) -> Path:
     for name in ("init/student.json", f"{FOLDERS[0]}/final/phase.json", f"{FOLDERS[1]}/checkpoints/step-00000010.json"):
         store.publish(name, "{}")
     return tmp_path
+
+
+def test_a_job_goes_on_after_an_edit_and_in_another_session_though_its_folder_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_ID", "01")
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "shared"))
+    store, found = Store(tmp_path / "shared/run"), []
+    for session, package, data in (("a", "11", "x"), ("b", "11", "x"), ("b", "2f", "x"), ("b", "2f", "y")):
+        folder = tmp_path / f"ray/session_{session}/runtime_resources/working_dir_files/_ray_pkg_{package}"
+        for name in (f"{data}/a.txt", "teacher/config.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+        monkeypatch.chdir(folder)
+        model = {"library": "transformers", "source": "./teacher"}
+        found.append(resolve_paths(two_phases(tmp_path, **{"source.paths": [f"{data}/*.txt"], "student.model": model})))
+    first, *others, changed = found
+    assert len({config.source.paths for config in (first, *others)}) == 3
+    assert len({config.student.model.source for config in (first, *others)}) == 3
+    claim(store, first)
+    for name in ("init/student.json", f"{FOLDERS[0]}/checkpoints/step-00000010.json"):
+        store.publish(name, "{}")
+    for config in others:
+        require_own(store, config, FOLDERS)
+        jobs = [PhaseJob(c, c.phases[0], str(tmp_path), FOLDERS[0], "inputs-1", {}, "s") for c in (first, config)]
+        assert jobs[0].settings() == jobs[1].settings()
+    with pytest.raises(ConfigError, match=r"source\.paths\.0: it has x/\*\.txt, this configuration y/\*\.txt"):
+        require_own(store, changed, FOLDERS)
 
 
 REFUSED = [

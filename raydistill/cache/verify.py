@@ -31,6 +31,7 @@ from raydistill.config.schema import RunConfig
 from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeacher, TopKLogitsTeacher
 from raydistill.config.world import FeaturesTeacher, RolloutTeacher
 from raydistill.errors import VerificationFailed
+from raydistill.progress import say
 from raydistill.storage import Store
 from raydistill.teachers import build_teacher
 
@@ -66,7 +67,7 @@ def verify(
     """
     damages = check_inputs(inputs, inputs_manifest)
     write_damaged(inputs, {damage.shard: damage.what for damage in damages})
-    print(_line(inputs, inputs_manifest, damages), flush=True)
+    say(_line(inputs, inputs_manifest, damages))
     names = [teacher.name for teacher in config.teachers if teacher.name in signals]
     for name in [*names, *(name for name in signals if name not in names)]:
         store, manifest = signals[name]
@@ -91,7 +92,7 @@ def verify(
             found += [Damage(store.uri, shard, fault) for shard, fault in audit.faults.items()]
             notes.append(audit.note)
         write_damaged(store, {damage.shard: damage.what for damage in found})
-        print(_line(store, manifest, found, *notes), flush=True)
+        say(_line(store, manifest, found, *notes))
         damages += found
     return damages
 

@@ -8,8 +8,12 @@ What a run reads is also looked for in the working folder, since that is where a
 from __future__ import annotations
 
 import glob
+import json
 import os
+import re
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from raydistill.config.models import (
     CheckpointInit,
@@ -24,10 +28,23 @@ from raydistill.config.sources import ImagesSource, PromptsSource, SourceConfig,
 from raydistill.config.world import EpisodesSource, WorldPythonModel
 from raydistill.errors import ConfigError
 
+JOB_FOLDER = re.compile(r"/(?:[^/\"]+/)*runtime_resources/working_dir_files/_ray_pkg_\w+/")
+"""Where Ray unpacks the folder that `ray job submit --working-dir` sends."""
+
 
 def inside_ray_job() -> bool:
     """Whether this process was started by `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_ID" in os.environ
+
+
+def placeless(value: JsonValue) -> JsonValue:
+    """A dumped configuration with paths in a job's working folder as the job itself names them.
+
+    Ray unpacks that folder in another place for each session of a cluster and for each change of a file in it, while it
+    is one run that goes on.
+    """
+    found: JsonValue = json.loads(JOB_FOLDER.sub("", json.dumps(value)))
+    return found
 
 
 def base_folder() -> Path:

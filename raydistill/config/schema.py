@@ -67,7 +67,7 @@ class TrainResources(Config):
     accelerator: str | None = None
     """Accelerator type by Ray's name."""
     max_failures: int = Field(default=3, ge=-1)
-    """Worker failures after which the run gives up; -1 never does."""
+    """Worker failures, since the last new checkpoint, after which the run gives up; -1 never does."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:

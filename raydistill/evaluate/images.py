@@ -37,6 +37,7 @@ from raydistill.evaluate.speed import peak_bytes, samples_per_second
 from raydistill.evaluate.video_features import check_video_extractor
 from raydistill.models.denoiser import load_denoiser, predict, process_of
 from raydistill.models.sources import resolve_source
+from raydistill.progress import say
 from raydistill.signals import AVERAGE, JsonValue
 from raydistill.storage import Store
 
@@ -100,7 +101,7 @@ def evaluate_images(job: EvaluateJob) -> Evaluation:
     gallery.add_held_out()
     lines, floor = _cached_lines(job, rows)
     for model in _models(job):
-        print(f"evaluate: {model.who.replace('_', ' ')}", flush=True)
+        say(f"evaluate: {model.who.replace('_', ' ')}")
         line = lines.setdefault(model.who, {})
         if not model.who.startswith("teacher/"):
             line |= evaluate_denoiser(model.network, rows)

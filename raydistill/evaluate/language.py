@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raydistill.cache.read import Dataset, open_manifest, without_targets
-from raydistill.config.recipes import LmLogitsRecipe
 from raydistill.config.schema import RunConfig
 from raydistill.errors import DataError
 from raydistill.models.language import head_of, hidden_states

@@ -19,6 +19,7 @@ from raydistill.evaluate.language import HeldOut, evaluate_language, measure_spe
 from raydistill.evaluate.multiple_choice import Question, benchmark_name, read_questions, score_benchmark
 from raydistill.evaluate.samples import Samples, choose_prompts
 from raydistill.models.load import load_language_model, load_tokenizer, resolve_source
+from raydistill.progress import say
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -39,7 +40,7 @@ def evaluate_text(job: EvaluateJob) -> Evaluation:
     samples = Samples(choose_prompts(config, rows.dataset, tokenizer), config.evaluate.sample_tokens)
     lines: dict[str, dict[str, JsonValue]] = {}
     for role, model in _models(job):
-        print(f"evaluate: {role.replace('_', ' ')}", flush=True)
+        say(f"evaluate: {role.replace('_', ' ')}")
         lines[role] = _line(job, role, model, rows)
         samples.add(role, model, tokenizer)
         lines[role] |= _benchmark_results(role, model, tokenizer, benchmarks, rows)

@@ -36,6 +36,7 @@ from raydistill.evaluate.video_features import VideoExtractor, video_distance
 from raydistill.models.autoencoder import Space, load_space
 from raydistill.models.denoiser import load_denoiser
 from raydistill.models.few_step import generate, seeded_noise
+from raydistill.progress import say
 from raydistill.signals import JsonValue
 from raydistill.sources.films import mp4, webp
 from raydistill.storage import Store
@@ -100,13 +101,13 @@ def evaluate_generators(job: EvaluateJob) -> Evaluation:
     against: tuple[VideoExtractor, Tensor] | None = None
     """What looks at videos, and what it saw in the teacher's."""
     if rows.teacher is not None:
-        print("evaluate: teacher", flush=True)
+        say("evaluate: teacher")
         lines["teacher"], pictures = _teacher_line(job, rows, space, chosen, films)
         if settings.feature_extractor is not None and pictures.ndim == 5:
             extractor = VideoExtractor(settings.feature_extractor, settings.feature_size, device())
             against = extractor, extractor(pictures[: settings.feature_videos])
     for role, student in _students(job):
-        print(f"evaluate: {role.replace('_', ' ')}", flush=True)
+        say(f"evaluate: {role.replace('_', ' ')}")
         lines[role] = _student_line(job, rows, student, space, against)
         if role in SHOWN:
             films.add(role, _made(rows, student, space, chosen))

@@ -35,6 +35,7 @@ from raydistill.losses import world as losses
 from raydistill.models.world.files import load_world_teacher
 from raydistill.models.world.probe import ActionProbe, make_probe
 from raydistill.models.world.protocol import WorldModel, require_world_model
+from raydistill.progress import say
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -86,7 +87,7 @@ def evaluate_worlds(job: EvaluateJob) -> Evaluation:
     extractor, videos = _extractor(config, place), _video_extractor(config, place)
     real = None if videos is None else seen(videos, clips.frames[:, config.evaluate.worlds.context :], clips)
     for who, network in _models(job):
-        print(f"evaluate: {who.replace('_', ' ')}", flush=True)
+        say(f"evaluate: {who.replace('_', ' ')}")
         said[who] = measured(network, clips, probe, config, extractor)
         if videos is not None and real is not None:
             look_at(said[who], videos, real, clips)

@@ -7,6 +7,7 @@ from raydistill.config.schema import RunConfig
 from raydistill.config.world import WorldPythonModel
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.load import effective_vocab_size, language_config, load_tokenizer, require_same_vocabulary
+from raydistill.progress import say
 
 
 def check_vocabularies(config: RunConfig) -> None:
@@ -36,6 +37,6 @@ def check_vocabularies(config: RunConfig) -> None:
         try:
             own = load_tokenizer(model.source, model.revision)
         except DataError:
-            print(f"{key} ({model.source}) has no tokenizer of its own; taking source.tokenizer for it", flush=True)
+            say(f"{key} ({model.source}) has no tokenizer of its own; taking source.tokenizer for it")
             continue
         require_same_vocabulary(tokenizer, own, names=("source.tokenizer", key))

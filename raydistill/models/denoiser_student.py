@@ -44,6 +44,7 @@ from raydistill.models.parts import find_part, listing
 from raydistill.models.projection.denoiser import project_denoiser
 from raydistill.models.projection.measure import Rows
 from raydistill.models.projection.report import table
+from raydistill.progress import say
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -76,13 +77,13 @@ def build_denoiser(student: StudentConfig, *, seed: int, rows: Rows | None = Non
             network = _random(source, seed)
             larger = load_denoiser(source.model_copy(update={"overrides": {}}))
             found = copy_blocks(network, larger, where=f"student.init (blocks of {source.source})")
-            print(f"student: {found}", flush=True)
+            say(f"student: {found}")
             kept = found.facts()
         case ProjectionInit():
             network = _random(source, seed).eval()
             process = process_of_scheduler(schedule)
             report = project_denoiser(network, student.init, rows, process=process, source=source.source)
-            print(table(report), flush=True)
+            say(table(report))
             cast(Any, network).projection = report
         case other:
             raise ConfigError(

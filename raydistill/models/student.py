@@ -48,6 +48,7 @@ from raydistill.models.projection.report import REPORT, ProjectionReport, table
 from raydistill.models.shared_core import materialise, ranks_of, share_core, with_empty_cores
 from raydistill.models.world.files import build_world, load_world_folder, save_world
 from raydistill.models.world.model import WorldNetwork
+from raydistill.progress import say
 from raydistill.signals import JsonValue
 from raydistill.storage import Store
 
@@ -82,7 +83,7 @@ def build_student(student: StudentConfig, *, seed: int, rows: Rows | None = None
         case ProjectionInit():
             model = _random(source, seed)
             report = project_language(model, init, rows, source=source.source)
-            print(table(report), flush=True)
+            say(table(report))
             cast(Any, model).projection = report
             return model
         case CheckpointInit(path=path):

@@ -112,6 +112,8 @@ class Checkpoints:
                 self._complete(progressed)
 
         self.settle()
+        # Rank 0 removes folders without a marker when it completes one: no rank may send the next before that.
+        dist.barrier()
         self._sending.append(self._sender.submit(send))
 
     def settle(self) -> None:

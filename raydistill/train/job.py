@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, JsonValue
 
 from raydistill.cache.manifest import parsed
+from raydistill.config.paths import placeless
 from raydistill.config.schema import RunConfig
 from raydistill.config.training import PhaseConfig
 from raydistill.errors import ConfigError
@@ -72,7 +73,7 @@ class PhaseJob:
         return {
             **{f"phase.{key}": value for key, value in phase.items()},
             "seed": self.config.seed,
-            "student": self.config.student.model_dump(mode="json", exclude={"gradient_checkpointing"}),
+            "student": placeless(self.config.student.model_dump(mode="json", exclude={"gradient_checkpointing"})),
             "inputs": _last(self.inputs),
             "signals": {name: _last(uri) for name, uri in sorted(self.signals.items())},
         }

@@ -17,7 +17,7 @@ from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.memory import free_circles, keep_freed_memory
 from raydistill.progress import say
-from raydistill.train.checkpoint import Progressed
+from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.evaluation import (
     Report,
     evaluate_candidate,
@@ -131,7 +131,7 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     resources = job.config.resources.train
     workers = resources.workers
-    failures = 0
+    failures, reached = 0, _saved(job)
     with _Beside(job) as beside, Watched() as watched:
         while True:
             trainer = TorchTrainer(
@@ -157,18 +157,25 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
                 break
             except WorkerGroupError as error:
                 _raise_own(error)
-                failures += 1
+                before, reached = reached, _saved(job)
+                failures = 1 if reached > before else failures + 1
                 if 0 <= resources.max_failures < failures:
                     raise
                 print(
                     f"phase {job.phase.name}: a worker was lost ({_first_lines(error)}); starting again from the last "
-                    f"checkpoint ({failures} of {resources.max_failures} failures)",
+                    f"checkpoint ({failures} of {resources.max_failures} failures since a new one)",
                     flush=True,
                 )
                 require_room(resources, job.config.resources.cluster)  # the node of the lost worker may be lost too
         beside.drain()
     assert isinstance(progressed, Progressed)
     return progressed
+
+
+def _saved(job: PhaseJob) -> int:
+    """The step of the last checkpoint; 0 before the first."""
+    latest = Checkpoints(job.store / "checkpoints", job.phase.checkpoint.keep).latest()
+    return latest.step if latest is not None else 0
 
 
 def _fit(trainer: TorchTrainer) -> Result:

@@ -52,7 +52,7 @@ def train(prepared: Prepared, report: Report, leaving: Callable[[], bool] = lamb
             if evaluations.due(done.step, last=last):
                 evaluations.run(done.step)
                 meter.pause()
-            warned = done.step % phase.log_every == 0 and leaving()
+            warned = leaving()
             if done.step % phase.checkpoint.every_steps == 0 or last or warned:
                 if metrics is not None:
                     metrics.flush()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from gs_server import gs, gs_running, gs_store
 from phases import Killed, kill_after, phase_job
+from ranks import run_ranks
 from s3_server import Server
 
 from raydistill.errors import StorageFailed
 from raydistill.storage import Store
-from raydistill.train.checkpoint import Checkpoints
+from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.launch import train_phase
 
 __all__ = ["gs", "gs_running", "gs_store"]
@@ -52,6 +57,32 @@ def test_a_checkpoint_that_cannot_be_sent_ends_the_phase_and_the_one_before_it_s
     latest = Checkpoints(far.store / "checkpoints", 1).latest()
     assert latest is not None
     assert latest.step == 3
+
+
+def two_saves(rank: int, ranks: int, uri: str, environment: dict[str, str]) -> list[str]:
+    """Save twice in a row where rank 0's file takes longest; the names of the files of the second."""
+    os.environ.update(environment)
+    publish = Store.publish
+
+    def slow(store: Store, name: str, write: Any) -> str:
+        time.sleep(2 if name.startswith("rank-00000") else 0)
+        return publish(store, name, write)
+
+    Store.publish = slow  # type: ignore[method-assign]  # of this process alone
+    checkpoints = Checkpoints(Store(uri), keep=2)
+    for step in (250, 251):
+        checkpoints.save({}, None, Progressed(step=step, num_ranks=ranks))
+    checkpoints.settle()
+    dist.barrier()
+    latest = checkpoints.latest()
+    assert latest is not None
+    return [f"{latest.step}/{name}" for name in (Store(uri) / "step-00000251").names()]
+
+
+def test_a_checkpoint_right_after_another_is_whole_though_the_first_rank_is_slow(far_store: Store) -> None:
+    environment = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+    whole = ["251/rank-00000-of-00002.safetensors", "251/rank-00001-of-00002.safetensors"]
+    assert run_ranks(two_saves, 2, (far_store.uri, environment)) == [whole, whole]
 
 
 def test_checkpoints_on_google_storage_come_and_go_and_training_continues_from_there(

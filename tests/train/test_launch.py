@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, TrainingDiverged
 from raydistill.train import launch
+from raydistill.train.checkpoint import Progressed
 from raydistill.train.launch import PhaseJob, require_room, train_phase
 
 
@@ -57,6 +58,30 @@ def test_a_phase_whose_node_is_lost_for_good_is_not_started_again(
             train_phase(on_workers(tmp_path, "lost"))
     finally:
         ray.shutdown()  # the actor that collects progress has started it
+
+
+def test_lost_workers_are_counted_from_the_last_new_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
+    from ray.train import WorkerGroupError
+
+    job = on_workers(tmp_path, "lossy", max_failures=1)
+    attempts: list[int] = []
+
+    def lose_a_worker(trainer: object) -> None:
+        attempts.append(len(attempts) + 1)
+        if attempts[-1] <= 3:
+            saved = Progressed(step=attempts[-1], num_ranks=2)
+            (job.store / "checkpoints").publish(f"step-{saved.step:08}.json", saved.model_dump_json())
+        raise WorkerGroupError("lost", {0: RuntimeError("its node is gone")})
+
+    with_nodes(monkeypatch, 2.0)
+    monkeypatch.setattr(launch, "_fit", lose_a_worker)
+    try:
+        with pytest.raises(WorkerGroupError):
+            train_phase(job)
+    finally:
+        ray.shutdown()
+    assert attempts == [1, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from raydistill.models.projection.structure import Structure
 from raydistill.models.projection.tensors import FileTensors, MemoryTensors, Tensors
 from raydistill.models.projection.transformer import transformer_structure
 from raydistill.models.projection.unet import unet_structure
+from raydistill.progress import say
 
 PATCH = 4
 """Numbers of a latent channel that make a token, about."""
@@ -102,7 +103,7 @@ def open_teacher(teacher: DiffusersModel) -> Streamed:
     missing = sorted(set(wanted) - set(found))
     if 2 * len(missing) > len(wanted):
         # One file with the names of the family's original code, which diffusers reads as a whole.
-        print(f"{teacher.source}: its file does not name tensors as diffusers does; reading the whole", flush=True)
+        say(f"{teacher.source}: its file does not name tensors as diffusers does; reading the whole")
         network = load_denoiser(teacher)
         tensors, missing = MemoryTensors(network), []
     wrong = [n for n in wanted if n in tensors.shapes and tensors.shapes[n] != wanted[n]]

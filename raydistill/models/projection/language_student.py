@@ -20,6 +20,7 @@ from raydistill.models.projection.run import Sides, project
 from raydistill.models.projection.stream import Streamed
 from raydistill.models.projection.structure import Structure
 from raydistill.models.projection.tensors import FileTensors, MemoryTensors, StackedExperts, Tensors, files_in
+from raydistill.progress import say
 
 LOGITS = 1 << 25
 """Logits that are compared at once."""
@@ -76,7 +77,7 @@ def open_teacher(teacher: LanguageModelConfig) -> tuple[Streamed, PreTrainedMode
     missing = sorted(set(_shapes(network)) - set(tensors.shapes))
     if missing:
         # Stored in another layout: transformers knows how to read it, all at once.
-        print(f"{teacher.source}: its files do not name {missing[0]}; reading the whole model", flush=True)
+        say(f"{teacher.source}: its files do not name {missing[0]}; reading the whole model")
         return _in_memory(load_language_model(teacher))
     wrong = [n for n, shape in _shapes(network).items() if tuple(tensors.shapes[n]) != shape]
     if wrong:
