@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from raydistill import errors
-from raydistill.config.nodes import NodeType, node_types, places, require_places
+from raydistill.config.nodes import NodeType, left_beside, node_types, places, require_places
 from raydistill.config.schema import ResourcesConfig, TeacherResources
 from raydistill.errors import RaydistillError
 from raydistill.memory import keep_freed_memory
@@ -44,13 +44,29 @@ def require_cluster(
     in its `file` (`resources.cluster`). With RAYDISTILL_AUTOSCALING=1 and no file nothing is refused. `remedy` is what
     else the user may do.
     """
+    types = _types(file)
+    if types is not None:
+        require_places(types, key, count, cpus, gpus, accelerator, file=file, what=what, remedy=remedy)
+
+
+def require_both(resources: ResourcesConfig, actors: int) -> None:
+    """`require_cluster` for the fewest training workers while `actors` teachers hold their share of the cluster."""
+    teacher, train, types = resources.teacher, resources.train, _types(resources.cluster)
+    fewest = train.workers if isinstance(train.workers, int) else train.workers[0]
+    if types is not None and fewest:
+        worker = (train.cpus, train.gpus, train.accelerator)
+        types = left_beside(types, actors, (teacher.cpus, teacher.gpus, teacher.accelerator), worker)
+        key = f"resources.train, beside {actors} actor{'s' * (actors > 1)} of resources.teacher"
+        require_places(types, key, fewest, *worker, file=resources.cluster, what="worker")
+
+
+def _types(file: str | None) -> tuple[NodeType, ...] | None:
+    """What nodes there are, or can be; None when nobody can say."""
     if file is not None:
-        types = node_types(file)
-    elif os.environ.get("RAYDISTILL_AUTOSCALING") == "1":
-        return
-    else:
-        types = tuple(NodeType("", node["Resources"], 1) for node in ray.nodes() if node["Alive"])
-    require_places(types, key, count, cpus, gpus, accelerator, file=file, what=what, remedy=remedy)
+        return node_types(file)
+    if os.environ.get("RAYDISTILL_AUTOSCALING") == "1":
+        return None
+    return tuple(NodeType("", node["Resources"], 1) for node in ray.nodes() if node["Alive"])
 
 
 def require_teachers(resources: ResourcesConfig, count: int | None = None) -> None:

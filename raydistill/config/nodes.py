@@ -7,11 +7,13 @@ does not tell its drivers.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from pydantic import JsonValue
 
@@ -45,6 +47,22 @@ def places(node: Mapping[str, float], cpus: float, gpus: float, accelerator: str
         has = node.get("GPU", 0)
         most.append(int(has) * int(1 / gpus + 1e-6) if gpus < 1 else int(has / gpus))
     return min(most, default=sys.maxsize)
+
+
+Size: TypeAlias = tuple[float, float, str | None]
+"""CPUs, GPUs and accelerator type of an actor."""
+
+
+def left_beside(types: Sequence[NodeType], count: int, size: Size, spare: Size) -> tuple[NodeType, ...]:
+    """The nodes, one by one, less `count` actors of `size`, which stand where the fewest of `spare` would fit."""
+    cpus, gpus, _ = size
+    nodes = [dict(kind.resources) for kind in types for _ in range(kind.most)]
+    for node in sorted(nodes, key=lambda node: places(node, *spare)):
+        taken = min(count, places(node, *size))
+        count -= taken
+        whole = math.ceil(taken / int(1 / gpus + 1e-6)) if 0 < gpus < 1 else taken * gpus
+        node["CPU"], node["GPU"] = node.get("CPU", 0) - taken * cpus, node.get("GPU", 0) - whole
+    return tuple(NodeType("", node, 1) for node in nodes)
 
 
 def require_places(

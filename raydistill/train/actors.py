@@ -60,11 +60,12 @@ def actor_pools(job: PhaseJob, pools: Mapping[str, Pool], connect: Callable[[], 
         return
     import ray
 
-    from raydistill.cache.pool import require_teachers
+    from raydistill.cache.pool import require_both, require_teachers
 
     connect()
     share, size = job.config.resources.teacher, _pool_size(job)
     require_teachers(job.config.resources, size * len(pools))
+    require_both(job.config.resources, size * len(pools))
     logging.getLogger("ray").setLevel(logging.WARNING)
     options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 3, "max_task_retries": 3}
     if share.accelerator:

@@ -278,7 +278,10 @@ class _Beside:
         import ray
 
         resources = self._job.config.resources.train
-        task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=3)(evaluate_candidate)
+        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 3}
+        if resources.accelerator:
+            options["accelerator_type"] = resources.accelerator
+        task = ray.remote(**options)(evaluate_candidate)
         running: dict[int, ray.ObjectRef] = {}
         while True:
             stopping = self._stop.is_set()

@@ -86,3 +86,11 @@ def test_a_game_that_is_not_there_stops_before_anything_is_written(toys: Path, i
     with pytest.raises(ConfigError, match="no_such_game, found that it is not installed"):
         build(config_of(toys, "caches", source=source))
     assert in_process.items == []
+
+
+def test_episodes_are_read_on_the_nodes_of_decode(toys: Path, in_process: InProcess) -> None:
+    cluster = str(Path(__file__).parents[2] / "cluster/aws.yaml")
+    too_large = {"cluster": cluster, "decode": {"cpus": 300}}
+    with pytest.raises(ConfigError, match=r"resources\.decode: wanted 1 actor with 300 CPU"):
+        build(config_of(toys, "caches", resources=too_large))
+    assert in_process.items == []

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from raydistill.cache.pool import require_cluster
+from raydistill.cache.pool import require_both, require_cluster
+from raydistill.config.schema import ResourcesConfig
 from raydistill.errors import ConfigError
 
 SMALL = {"CPU": 2.0}
@@ -77,3 +78,24 @@ def test_a_cluster_that_grows_and_does_not_say_how_far_refuses_nothing(monkeypat
     cluster(monkeypatch, SMALL)
     monkeypatch.setenv("RAYDISTILL_AUTOSCALING", "1")
     require_cluster("resources.teacher", 999, 1, 1)
+
+
+def test_workers_need_room_beside_the_teachers_that_answer_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(
+        monkeypatch, {"CPU": 16, "GPU": 8, "accelerator_type:H100": 1}, {"CPU": 8, "GPU": 1, "accelerator_type:L40S": 1}
+    )
+
+    def resources(workers: int, gpus: float = 1, **teacher: object) -> ResourcesConfig:
+        train = {"workers": workers, "gpus": 1, "accelerator": "H100"}
+        return ResourcesConfig.model_validate({"teacher": {"gpus": gpus, **teacher}, "train": train})
+
+    require_both(resources(8), 1)  # the teacher goes to the node that no worker wants
+    require_both(resources(4), 5)
+    require_both(resources(7, gpus=0.5), 4)  # two on the L40S, two on one H100
+    require_both(resources(8, gpus=0), 8)
+    with pytest.raises(
+        ConfigError, match=r"train, beside 8 actors of resources.teacher: wanted 8 workers .* room for 1"
+    ):
+        require_both(resources(8), 8)
+    with pytest.raises(ConfigError, match=r"wanted 8 workers .* room for 7"):
+        require_both(resources(8, accelerator="H100"), 1)
