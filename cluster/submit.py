@@ -20,12 +20,16 @@ import sys
 import time
 from pathlib import Path
 
+from aiohttp import ClientError, WSServerHandshakeError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 300.0
+DISCONNECTS = (OSError, RuntimeError, ClientError)
+"""What a server that cannot be reached, or breaks off, is told by; the errors of `requests` are `OSError`."""
+TOKEN = "the cluster did not accept the token; wanted RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,14 +55,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         client = JobSubmissionClient(options.address)
         job = submit(client, command, environment, options.id)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        if options.no_wait:
+            print(job)
+            return 0
+    except AuthenticationError as error:
+        print(f"{options.address}: {TOKEN}. {error}", file=sys.stderr)
+        return 2
+    except (*DISCONNECTS, ValueError) as error:
         print(f"{options.address}: {error}", file=sys.stderr)
         return 2
-    if options.no_wait:
-        print(job)
-        return 0
     try:
         return follow(client, job)
+    except AuthenticationError as error:
+        print(f"{options.address}: {TOKEN}; {job} goes on. {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         where = f"--address {options.address} {job}"
         print(f"\n{job} goes on. To see it: ray job logs --follow {where}", file=sys.stderr)
@@ -95,27 +105,25 @@ def submit(client: JobSubmissionClient, command: list[str], environment: dict[st
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
-    """Show the log of `job` until it ends; its exit status."""
+    """Show the log of `job` until it ends; its exit status. Raises `AuthenticationError` when the token is refused."""
     log = Log()
     silent_since = None
     while True:
         try:
             asyncio.run(log.show(client, job))
-            status = client.get_job_status(job)
+            info = client.get_job_info(job)
             silent_since = None
-        except (ConnectionError, OSError, RuntimeError) as error:
+            if info.status in ENDED:
+                break
+        except DISCONNECTS as error:
             silent_since = silent_since or time.monotonic()
             if time.monotonic() - silent_since > PATIENCE_SECONDS:
                 print(f"no answer for {PATIENCE_SECONDS:.0f} s: {error}", file=sys.stderr)
                 return 1
-            status = None
-        if status in ENDED:
-            break
         time.sleep(POLL_SECONDS)
-    info = client.get_job_info(job)
-    if status == JobStatus.SUCCEEDED:
+    if info.status == JobStatus.SUCCEEDED:
         return 0
-    print(f"{job}: {status}. {info.message or ''}".rstrip(), file=sys.stderr)
+    print(f"{job}: {info.status}. {info.message or ''}".rstrip(), file=sys.stderr)
     code = info.driver_exit_code or 1
     return code if 0 < code < 128 else 1  # beyond, a signal ended it
 
@@ -129,10 +137,15 @@ class Log:
     async def show(self, client: JobSubmissionClient, job: str) -> None:
         """Print the log of `job` from where the last stream broke off until this one ends."""
         seen = 0
-        async for text in client.tail_job_logs(job):
-            print(text[max(0, self.shown - seen) :], end="", flush=True)
-            seen += len(text)
-            self.shown = max(self.shown, seen)
+        try:
+            async for text in client.tail_job_logs(job):
+                print(text[max(0, self.shown - seen) :], end="", flush=True)
+                seen += len(text)
+                self.shown = max(self.shown, seen)
+        except WSServerHandshakeError as error:
+            if error.status in (401, 403):
+                raise AuthenticationError(f"HTTP status {error.status}") from error
+            raise
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import importlib.resources
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,17 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from checked_names import (
+    AWS_MACHINES,
+    AWS_PARAMETERS,
+    AWS_POLICIES,
+    GCP_BOOT_DISKS,
+    GCP_IMAGE_FAMILIES,
+    GCP_MACHINES,
+    OLDEST_DRIVER,
+    RAY_TAGS,
+    Machine,
+)
 from kuberay_schema import manifest_schema
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 from ray.util.accelerators import accelerators
@@ -97,6 +109,94 @@ def test_aws_spot_groups_are_spot_and_students_are_not(group: str) -> None:
     nodes = launcher("aws.yaml")["available_node_types"]
     assert nodes[group]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert "InstanceMarketOptions" not in nodes["students"]["node_config"]
+
+
+def aws_iam_commands() -> list[list[str]]:
+    """The words of every `aws iam` command of the README."""
+    text = (CLUSTER / "README.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    return [shlex.split(c, comments=True) for c in re.findall(r"aws iam (?:'[^']*'|[^\n'])*", blocks)]
+
+
+def test_the_commands_that_make_the_role_are_ones_that_iam_knows() -> None:
+    from botocore import xform_name
+    from botocore.loaders import Loader
+    from botocore.model import ServiceModel
+
+    model = ServiceModel(Loader().load_service_model("iam", "service-2"))
+    operations = {xform_name(name, "-"): model.operation_model(name) for name in model.operation_names}
+    commands = aws_iam_commands()
+    assert len(commands) == 7
+    for command in commands:
+        shape = operations[command[2]].input_shape
+        assert shape is not None
+        known = {xform_name(name, "-") for name in shape.members} | {"query", "output"}
+        given = {word.removeprefix("--") for word in command if word.startswith("--")}
+        assert {xform_name(name, "-") for name in shape.required_members} <= given <= known
+
+
+def test_the_role_of_the_readme_is_that_of_every_aws_node() -> None:
+    text = (CLUSTER / "README.md").read_text()
+    nodes = launcher("aws.yaml")["available_node_types"].values()
+    assert {node["node_config"]["IamInstanceProfile"]["Name"] for node in nodes} == {"raydistill"}
+    assert "add-role-to-instance-profile --instance-profile-name raydistill --role-name raydistill" in text
+    policies = re.search(r"for policy in (.*); do", text)
+    assert policies is not None
+    assert set(policies[1].split()) == AWS_POLICIES
+    documents = [json.loads(word) for c in aws_iam_commands() for word in c if word.startswith("{")]
+    assert [d["Statement"][0]["Action"] for d in documents] == ["sts:AssumeRole", "iam:PassRole"]
+
+
+def check_resources(node: dict[str, Any], machine: Machine, *, head: bool) -> None:
+    """That a node type claims what its machine has; a head claims nothing."""
+    found = {key: value for key, value in node["resources"].items() if value}
+    wanted: dict[str, int] = {} if head else {"CPU": machine.cpus}
+    if machine.kind is not None:
+        wanted |= {"GPU": machine.gpus, f"accelerator_type:{machine.kind}": 1}
+    assert found == wanted
+
+
+def test_aws_names_and_sizes_are_ones_that_were_looked_up() -> None:
+    for name, node in launcher("aws.yaml")["available_node_types"].items():
+        check_resources(node, AWS_MACHINES[node["node_config"]["InstanceType"]], head=name == "head")
+        assert node["node_config"]["ImageId"].removeprefix("resolve:ssm:") in AWS_PARAMETERS
+
+
+def test_gcp_names_and_sizes_are_ones_that_were_looked_up() -> None:
+    config = launcher("gcp.yaml")
+    for name, node in config["available_node_types"].items():
+        machine = node["node_config"]["machineType"]
+        check_resources(node, GCP_MACHINES[machine], head=name == "head")
+        disk = node["node_config"]["disks"][0]["initializeParams"]
+        zones, zone, types, kind = disk["diskType"].split("/")
+        assert (zones, zone, types) == ("zones", config["provider"]["availability_zone"], "diskTypes")
+        assert kind in GCP_BOOT_DISKS[machine.split("-")[0]]
+        assert disk["sourceImage"].removeprefix("projects/") in GCP_IMAGE_FAMILIES
+        driver = re.search(r"-nvidia-(\d+)$", disk["sourceImage"])
+        assert driver is not None
+        assert int(driver[1]) >= OLDEST_DRIVER
+
+
+def test_gcp_workers_may_use_object_stores_and_have_a_driver() -> None:
+    config = launcher("gcp.yaml")
+    project = config["provider"]["project_id"]
+    for node in workers(config).values():
+        (account,) = node["node_config"]["serviceAccounts"]
+        assert account["email"] == f"ray-autoscaler-sa-v1@{project}.iam.gserviceaccount.com"
+        assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+        items = node["node_config"].get("metadata", {}).get("items", [])
+        assert ("install-nvidia-driver" in {item["key"] for item in items}) == ("GPU" in node["resources"])
+
+
+@pytest.mark.parametrize(("name", "cloud"), [("aws.yaml", "aws"), ("gcp.yaml", "gcp")])
+def test_workers_wait_for_the_notice_of_their_cloud_once_ray_runs(name: str, cloud: str) -> None:
+    config = launcher(name)
+    *_, start, notices = config["worker_start_ray_commands"]
+    assert start.startswith("ray start ")
+    script = config["docker"]["run_options"][-2].split("=")[-1].replace(name, "notices.py")
+    assert notices.startswith(f"nohup python {script} {cloud} $RAY_HEAD_IP:6379 ")
+    assert notices.endswith("< /dev/null &")
+    assert (CLUSTER / "notices.py").exists()
 
 
 def gcp_schema() -> dict[str, Any]:
@@ -200,7 +300,18 @@ def test_rays_autoscaler_reads_the_groups_of_a_manifest(name: str) -> None:
 
 
 def test_a_job_gets_the_cluster_of_the_cluster_file() -> None:
-    assert cluster_spec("rayjob.yaml") == cluster_spec("raycluster.yaml")
+    specs = [json.dumps(cluster_spec(name)).replace(name, "this file") for name in MANIFESTS]
+    assert specs[0] == specs[1]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_container_names_its_own_file_and_takes_the_secret(name: str) -> None:
+    for _, template in pods(cluster_spec(name)):
+        (container,) = template["spec"]["containers"]
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert variables["RAYDISTILL_CLUSTER"] == f"/home/ray/raydistill/cluster/kuberay/{name}"
+        assert container["envFrom"] == [{"secretRef": {"name": "raydistill-env", "optional": True}}]
+    assert "kubectl create secret generic raydistill-env " in (CLUSTER / "kuberay/README.md").read_text()
 
 
 def test_every_file_asks_for_a_token() -> None:
@@ -220,6 +331,7 @@ def test_images_have_the_versions_that_the_project_is_made_for() -> None:
     ray_images = {image for text in texts.values() for image in re.findall(r"rayproject/ray:[\w.-]+", text)}
     python = PROJECT["requires-python"].removeprefix(">=").replace(".", "")
     assert ray_images == {f"rayproject/ray:{ray.__version__}-py{python}-{kind}" for kind in ("cpu", "gpu")}
+    assert {image.split("-", 1)[1] for image in ray_images} == RAY_TAGS
     ours = {image for text in texts.values() for image in re.findall(r"\braydistill:(\d[\w.]*)", text)}
     assert ours == {raydistill.__version__}
     for name in MANIFESTS:
