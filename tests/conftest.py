@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# One mode for every cluster of a process: Ray keeps that of the first, and with tokens refused its actors die unmade.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 # Processes that tests start (Ray's included) can import `toys`, for models with `library: python`.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 

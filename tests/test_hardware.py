@@ -21,11 +21,9 @@ GPU_WORKER = {"train": {"workers": 1, "gpus": 1}}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A node that says it has a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=2, num_gpus=1, log_to_driver=False, include_dashboard=False)
-        yield
-        ray.shutdown()
+    ray.init(address="local", num_cpus=2, num_gpus=1, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
 
 
 def there(line: str) -> int:

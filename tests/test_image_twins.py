@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel, WanTransformer3DModel
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 ENVIRONMENT.pop("RAY_ADDRESS", None)
 SHORT = (
     "source.max_rows=60", "source.noise.draws_per_row=2", "phases.0.steps=6", "phases.0.log_every=1",

@@ -62,11 +62,9 @@ def tiny_config(folder: Path, **changes: object) -> RunConfig:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One local Ray for the module: starting it costs more than everything that runs on it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
-        yield
-        ray.shutdown()
+    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

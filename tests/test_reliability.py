@@ -21,7 +21,7 @@ from toys import save_model, tiny_llama
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 ENVIRONMENT.pop("RAY_ADDRESS", None)
 
 
@@ -195,10 +195,7 @@ def free_port() -> int:
     "a node is killed in the teacher stage and another in training, on two workers",
     "same cache bytes, same fp32 weights to the bit",
 )
-def test_ray_node_killed_in_the_teacher_stage_and_in_training(
-    problem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def test_ray_node_killed_in_the_teacher_stage_and_in_training(problem: Path, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
     calm = tmp_path / "calm"
@@ -228,9 +225,8 @@ def test_ray_node_killed_in_the_teacher_stage_and_in_training(
     "a spot node gets its notice in the teacher stage, then goes", "goes on without it; same cache bytes"
 )
 def test_a_node_that_is_told_to_go_in_the_teacher_stage_takes_nothing_with_it(
-    problem: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(

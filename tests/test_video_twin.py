@@ -15,7 +15,7 @@ from tiny_denoisers import save_pipeline
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 ENVIRONMENT.pop("RAY_ADDRESS", None)
 SHORT = (
     "source.noise.draws_per_row=1", "source.max_rows=16", "source.shard_rows=4", "teachers.0.steps=3",

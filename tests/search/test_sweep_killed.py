@@ -17,7 +17,7 @@ from toys import save_model, tiny_llama
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 ENVIRONMENT.pop("RAY_ADDRESS", None)
 COUNTING = """\
 import importlib.util, os, sys, time
