@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property, partial
 
@@ -19,7 +20,7 @@ from raydistill.cache.average import average_content
 from raydistill.cache.build import build_average, build_inputs, build_signal
 from raydistill.cache.calibration import calibration_rows
 from raydistill.cache.content import inputs_content, signal_content
-from raydistill.cache.ledger import read_builds
+from raydistill.cache.ledger import Build, read_builds
 from raydistill.cache.manifest import Manifest, fingerprint_of, parsed
 from raydistill.cache.open import require_episodes
 from raydistill.cache.read import open_manifest
@@ -30,10 +31,10 @@ from raydistill.config.load import load_config
 from raydistill.config.models import ProjectionInit
 from raydistill.config.paths import resolve_paths
 from raydistill.config.schema import STAGES, RunConfig
-from raydistill.config.sources import ENCODED, ImagesSource, PromptsSource, TextSource, VideosSource
+from raydistill.config.sources import ImagesSource, PromptsSource, TextSource, VideosSource
 from raydistill.config.training import PhaseConfig
 from raydistill.config.world import EpisodesSource
-from raydistill.errors import ConfigError, VerificationFailed
+from raydistill.errors import ConfigError, RaydistillError, VerificationFailed
 from raydistill.evaluate.comparison import ROLES
 from raydistill.evaluate.stage import EvaluateJob, check_evaluation, evaluate_run
 from raydistill.export import export_run
@@ -45,6 +46,7 @@ from raydistill.plan.placement import place
 from raydistill.report import write_report
 from raydistill.signals import AVERAGE
 from raydistill.sources.buckets import buckets_of
+from raydistill.spending import builds_on_gpus, gpu_seconds, in_words, priced
 from raydistill.storage import Store
 from raydistill.train.launch import PhaseJob, train_phase
 from raydistill.train.online_worlds import is_online
@@ -78,44 +80,28 @@ class Run:
         self.stages[stage] = {**self.stages.get(stage, {}), **facts}
         self.store.publish("stages.json", json.dumps(self.stages, indent=1))
 
-    def spent(self, stage: str, seconds: float) -> None:
+    def spent(self, stage: str, seconds: float, *, stopped: bool = False) -> None:
         """Add to the time that `stage` took over all the commands of this run, and to that of its GPUs."""
-        for key, more in {"seconds": seconds, "gpu_seconds": self._gpu_seconds(stage, seconds)}.items():
+        used, exact = gpu_seconds(self.config, stage, seconds, None if stopped else self._built(stage, seconds))
+        facts: dict[str, JsonValue] = {} if exact else {"gpu_at_most": True}
+        for key, more in {"seconds": seconds, "gpu_seconds": used}.items():
             before = self.stages.get(stage, {}).get(key, 0.0)
             assert isinstance(before, float | int)
             if key == "seconds" or before + more > 0:
-                self.record(stage, **{key: round(before + more, 2)})
+                facts[key] = round(before + more, 2)
+        self.record(stage, **facts)
 
-    def _gpu_seconds(self, stage: str, seconds: float) -> float:
-        """Seconds of all the GPUs that `stage` asked for while it ran just now; of a pool that grows, of the most."""
-        train, teacher = self.config.resources.train, self.config.resources.teacher
-        if stage == "train":
-            return seconds * train.gpus * (train.workers if isinstance(train.workers, int) else train.workers[1])
-        if stage == "evaluate":  # one worker's share: `on_train_hardware`
-            return seconds * train.gpus
-        if stage == "verify":  # one actor's: `on_teacher_hardware`
-            return seconds * teacher.gpus
-        encoded = isinstance(self.config.source, ENCODED)
-        if teacher.gpus == 0 or not (stage == "signals" or (stage == "inputs" and encoded)):
-            return 0.0
+    def _built(self, stage: str, seconds: float) -> list[Build]:
+        """What `stage`, which took `seconds` and has just ended, added to its caches."""
+        if not builds_on_gpus(self.config, stage):
+            return []
         caches = [self.inputs] if stage == "inputs" else self.signals.values()
         builds = [build for store, _ in caches for build in read_builds(store)]
-        now = [build for build in builds if build.started > time.time() - seconds - 1]
-        return teacher.gpus * sum(b.seconds * min(b.actors[1], max(1, len(b.shards))) for b in now)
+        return [build for build in builds if build.started > time.time() - seconds - 1]
 
-    def cost(self, stage: str) -> dict[str, JsonValue]:
-        """What is known of `stage`, with the money that its GPUs cost where their price is given."""
-        resources = self.config.resources
-        by_students = stage in ("train", "evaluate")
-        kind = resources.train.accelerator if by_students else resources.teacher.accelerator
-        price, used = self.config.plan.price_of(kind), self.stages[stage].get("gpu_seconds")
-        money = {"price": round(used / 3600 * price, 2)} if isinstance(used, float | int) and price else {}
-        return {**self.stages[stage], **money}
-
-    def in_all(self, key: str) -> float:
-        """What the stages cost together: `seconds`, `gpu_seconds` or `price`."""
-        costs = [self.cost(stage).get(key) for stage in self.stages]
-        return sum(cost for cost in costs if isinstance(cost, float | int))
+    def costs(self) -> dict[str, dict[str, JsonValue]]:
+        """What is known of each stage that ran, with the price of its GPUs."""
+        return {stage: priced(self.config, stage, self.stages[stage]) for stage in STAGES if stage in self.stages}
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` was finished on just this basis."""
@@ -212,7 +198,12 @@ def advance(run: Run, stages: Collection[str], *, asked: bool = False) -> None:
     for stage in STAGES:
         if stage in stages:
             start = time.monotonic()
-            _STAGES[stage](run, asked)
+            try:
+                _STAGES[stage](run, asked)
+            except BaseException:
+                with suppress(RaydistillError, OSError):  # what stopped the stage is what the user must hear
+                    run.spent(stage, time.monotonic() - start, stopped=True)
+                raise
             run.spent(stage, time.monotonic() - start)
 
 
@@ -370,10 +361,8 @@ def summary(run: Run) -> str:
     for name, values in rows:
         if any(value is not None for value in values):
             lines.append(f"{name:24}" + "".join(f"{_short(value):>16}" for value in values))
-    if gpu_seconds := run.in_all("gpu_seconds"):
-        price = run.in_all("price")
-        money = f", {price:,.2f} at the given prices" if price else ""
-        lines += ["", f"GPU time: {gpu_seconds / 3600:,.2f} h{money}"]
+    if spending := in_words([*run.costs().values()]):
+        lines += ["", spending]
     return "\n".join(["", *lines, "", f"report: {run.store.uri}/report.html", f"model:  {run.store.uri}/export"])
 
 
@@ -427,7 +416,7 @@ def _export(run: Run, asked: bool) -> None:
 def _report(run: Run, asked: bool) -> None:
     if run.store.exists("metrics.json"):
         metrics = json.loads(run.store.read_text("metrics.json"))
-        times = {stage: run.cost(stage) for stage in STAGES if "seconds" in run.stages.get(stage, {})}
+        times = {stage: facts for stage, facts in run.costs().items() if "seconds" in facts}
         run.store.publish("metrics.json", json.dumps({**metrics, "stages": times}, indent=1))
     write_report(run.store)
 

@@ -147,6 +147,32 @@ def test_inputs_that_models_encode_cost_the_time_of_their_gpus(tmp_path: Path) -
     assert this.stages["inputs"]["gpu_seconds"] == 24.0
 
 
+def test_a_stage_that_is_stopped_has_cost_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = {"train": {"workers": [2, 4], "gpus": 1}, "teacher": {"actors": [1, 2], "gpus": 1}}
+    config = tiny_config(tmp_path, resources=resources, plan={"accelerator": "H100", "price_per_hour": {"L40S": 1.0}})
+
+    def stopped(run: pipeline.Run, asked: bool) -> None:
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    for stage in ("signals", "train"):
+        monkeypatch.setitem(pipeline._STAGES, stage, stopped)
+        this = pipeline.Run(config)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.advance(this, [stage])
+    for stage, most in (("signals", 2), ("train", 4)):
+        cost = pipeline.Run(config).costs()[stage]
+        seconds = cost.pop("seconds")
+        assert isinstance(seconds, float)
+        assert seconds >= 0.05
+        used = cost.pop("gpu_seconds")
+        assert isinstance(used, float)
+        assert used == pytest.approx(most * seconds, abs=0.03)
+        assert cost == {"gpu_at_most": True, "unpriced": "H100"}
+    this.store.publish("metrics.json", "{}")
+    assert "GPU time: at most 0.00 h, without H100: no price given" in pipeline.summary(this)
+
+
 @pytest.mark.parametrize("text", ["", '{"verify": {"key"'])
 def test_a_truncated_stages_json_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "run").mkdir()

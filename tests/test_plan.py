@@ -85,6 +85,47 @@ def test_flops_and_hours_of_a_tiny_run(folder: Path) -> None:
     assert phase.bytes_per_second == pytest.approx(phase.tokens_per_second * per_token)
 
 
+GPUS: dict[str, JsonValue] = {
+    "resources": {
+        "teacher": {"gpus": 1, "accelerator": "L40S"},
+        "train": {"workers": 4, "gpus": 1, "accelerator": "H200"},
+    }
+}
+
+
+def test_stages_are_counted_on_the_accelerators_that_they_ask_for(folder: Path) -> None:
+    prices: dict[str, JsonValue] = {"L40S": 2.0, "H200": 5.0}
+    found = plan(load(folder, {**GPUS, "plan.price_per_hour": prices}))
+    (teacher,), (phase,) = found.teachers, found.phases
+    rates = {name: ACCELERATORS[name].flops * 0.5 for name in ("L40S", "H200")}
+    assert teacher.flops is not None
+    assert phase.flops is not None
+    hours = {"L40S": teacher.flops / rates["L40S"] / 3600, "H200": 2 * phase.flops / rates["H200"] / 3600}
+    assert found.bill.hours == pytest.approx(hours)
+    assert found.hours == pytest.approx(sum(hours.values()))
+    assert found.price == pytest.approx(2.0 * hours["L40S"] + 5.0 * hours["H200"])
+    assert phase.tokens_per_second == pytest.approx(4 * rates["H200"] / phase.flops_per_token)
+    assert "teachers on  L40S, " in table(found)
+
+
+def test_hours_without_a_price_are_left_out_and_named(folder: Path) -> None:
+    found = plan(load(folder, {**GPUS, "plan.price_per_hour": {"L40S": 2.0}}))
+    assert found.bill.hours["L40S"] is not None
+    assert found.price == pytest.approx(2.0 * found.bill.hours["L40S"])
+    assert found.bill.unpriced == ("H200",)
+    assert ", without H200: no price given" in table(found)
+    nothing = plan(load(folder, {**GPUS, "plan.price_per_hour": {"A100": 2.0}}))
+    assert nothing.price is None
+    assert "?, without L40S and H200: no price given" in table(nothing)
+
+
+def test_hours_of_an_accelerator_whose_rate_nobody_knows_are_not_known(folder: Path) -> None:
+    found = plan(load(folder, {**GPUS, "resources.teacher.accelerator": "T4", "plan.price_per_hour": None}))
+    assert (found.teachers[0].hours, found.hours, found.price) == (None, None, None)
+    assert found.phases[0].hours is not None
+    assert any("hours of T4" in reason for reason in found.missing)
+
+
 def test_epochs_rules_and_checkpointing_change_the_cost(folder: Path) -> None:
     settings: dict[str, JsonValue] = {
         "phases.0.steps": None,

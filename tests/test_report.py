@@ -233,6 +233,20 @@ def test_gpu_time_and_money_are_told_by_stage_where_they_are_known() -> None:
     assert (without.rows, without.price_total, without.gpu_total) == ((), None, None)
 
 
+def test_what_is_an_upper_bound_or_has_no_price_is_said() -> None:
+    found: dict[str, JsonValue] = {
+        "signals": {"seconds": 600.0, "gpu_seconds": 4800.0, "gpu_at_most": True, "price": 2.5},
+        "train": {"seconds": 900.0, "gpu_seconds": 7200.0, "unpriced": "H100"},
+    }
+    told = stages(found)
+    assert told is not None
+    assert [row[2] for row in told.rows] == [
+        f"at most {duration(4800.0)}", duration(7200.0), f"at most {duration(12000.0)}",
+    ]  # fmt: skip
+    assert [row[3] for row in told.rows] == ["at most 2.50", "–", "at most 2.50"]
+    assert told.unpriced == "without H100: no price given"
+
+
 def test_the_lede_says_what_the_comparison_says() -> None:
     metrics = {
         "student": {"parameters": 50_000_000},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pydantic import JsonValue
 
+from raydistill.config.accelerators import unknown_accelerators
 from raydistill.config.base import Config
 from raydistill.config.metrics import training_metrics
 from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel, TransformersModel
@@ -96,6 +97,7 @@ def problems(config: RunConfig) -> list[str]:
     """Everything that is wrong between the sections of `config`."""
     return [
         *_secrets(config.model_dump(mode="json")),
+        *_folders(config),
         *_names(config),
         *_weights(config),
         *_kinds(config),
@@ -108,6 +110,7 @@ def problems(config: RunConfig) -> list[str]:
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
         *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
         *_resources(config),
+        *unknown_accelerators(config),
         *_outcome(config),
     ]
 
@@ -126,6 +129,14 @@ def _secrets(value: JsonValue, at: str = "") -> Iterator[str]:
                 f"{at}: holds credentials, which would end up in config.json and in logs. Take them out, and give "
                 "them by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN, …) or the cloud's roles."
             )
+
+
+def _folders(config: RunConfig) -> Iterator[str]:
+    """URIs that would be a folder named `s3:` on this machine, for want of a slash."""
+    for key, uri in {"run_dir": config.run_dir, "cache.dir": config.cache.dir}.items():
+        if re.match("[a-z0-9]+:/(?!/)", uri) and not (key == "cache.dir" and uri.startswith(config.run_dir)):
+            nearest = uri.replace(":/", "://", 1)
+            yield f"{key}: wanted a folder or a URI with two slashes, found {uri!r}; nearest: {nearest}"
 
 
 def _names(config: RunConfig) -> Iterator[str]:

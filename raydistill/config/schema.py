@@ -201,11 +201,12 @@ class PlanConfig(Config):
     """What `--plan` assumes."""
 
     accelerator: Literal["A100", "B200", "H100", "H200", "L4", "L40S"] = "H100"
-    """Accelerator on which hours are counted."""
+    """Accelerator on which the hours of stages are counted that ask for none (`resources.*.accelerator`)."""
     utilisation: float = Field(default=0.4, gt=0, le=1)
     """Share of its dense bf16 peak that is reached."""
     price_per_hour: float | dict[str, float] | None = None
-    """Price of one accelerator hour in any currency: one for all, or by accelerator type (`{L40S: 1.9, H100: 4.1}`)."""
+    """Price of one accelerator hour in any currency: one for all, or by accelerator type (`{L40S: 1.9, H100: 4.1}`).
+    Hours of a type without a price are left out of sums, and that is said."""
     bytes_per_token: float = Field(default=4.0, gt=0)
     """Bytes of uncompressed text per token, for inputs that are not tokenised yet; about 4 for English and
     2 to 3 for code."""

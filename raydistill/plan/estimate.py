@@ -13,7 +13,7 @@ from raydistill.errors import RaydistillError
 from raydistill.models.counts import Counts, count, empty_student
 from raydistill.models.load import empty_language_model
 from raydistill.models.projection.forecast import Row
-from raydistill.plan.accelerators import ACCELERATORS
+from raydistill.plan.hardware import Bill, Hardware, bill_of, hardware_of, hours_at, total_of
 from raydistill.plan.inputs import CachePlan, InputsPlan, plan_cache, plan_inputs
 from raydistill.plan.projection import ProjectionPlan, plan_projection
 from raydistill.train.parameters import parameter_groups
@@ -114,14 +114,8 @@ class Plan(Config):
 
     name: str
     """Name of the run."""
-    accelerator: str
-    """Accelerator that hours are counted on."""
-    peak_flops: float
-    """Its dense bf16 FLOP per second."""
-    memory_bytes: float
-    """Its memory."""
-    utilisation: float
-    """Share of the peak that is reached."""
+    hardware: Hardware
+    """Accelerators that hours are counted on."""
     workers: int
     """Training workers; the fewest when training is elastic."""
     inputs: InputsPlan | None
@@ -143,7 +137,9 @@ class Plan(Config):
     hours: float | None
     """All accelerator hours; None when a part is not known."""
     price: float | None
-    """Price of all hours, when one is configured."""
+    """Price of all hours that have one, when one is configured."""
+    bill: Bill
+    """Those hours by accelerator, and what has no price."""
     break_even: BreakEven | None
     """When the cache has paid for itself."""
     missing: tuple[str, ...]
@@ -153,12 +149,12 @@ class Plan(Config):
 def plan_text(config: RunConfig) -> Plan:
     """The cost of `config`, whose paths are resolved. Runs nothing; what cannot be known is None and in `missing`."""
     missing: list[str] = []
-    accelerator = ACCELERATORS[config.plan.accelerator]
-    rate = accelerator.flops * config.plan.utilisation
+    hardware = hardware_of(config, missing)
+    asked, trained = hardware.rate(hardware.teacher), hardware.rate(hardware.train)
     inputs, manifest = plan_inputs(config, missing)
     length = min(config.text.seq_len, inputs.tokens / max(inputs.rows, 1)) if inputs else float(config.text.seq_len)
     teachers = tuple(
-        _teacher(t, config, inputs, manifest, length, rate, missing)
+        _teacher(t, config, inputs, manifest, length, asked, missing)
         for t in config.teachers
         if isinstance(t, TopKLogitsTeacher)
     )
@@ -166,17 +162,15 @@ def plan_text(config: RunConfig) -> Plan:
     fewest = max(1, workers if isinstance(workers, int) else workers[0])
     student = _student(config, missing)
     read = _bytes_read(inputs, teachers, config)
-    phases = tuple(_phase(p, config, inputs, student, length, rate, fewest, read) for p in config.phases)
+    phases = tuple(_phase(p, config, inputs, student, length, trained, fewest, read) for p in config.phases)
     training = total_of([p.hours for p in phases])
     baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
-    hours = total_of([*(t.hours for t in teachers), training, baseline])
-    price = config.plan.price_of()
+    bill = bill_of(
+        config, *((hardware.teacher, t.hours) for t in teachers), (hardware.train, training), (hardware.train, baseline)
+    )
     return Plan(
         name=config.name,
-        accelerator=config.plan.accelerator,
-        peak_flops=accelerator.flops,
-        memory_bytes=accelerator.memory_bytes,
-        utilisation=config.plan.utilisation,
+        hardware=hardware,
         workers=fewest,
         inputs=inputs,
         teachers=teachers,
@@ -186,22 +180,17 @@ def plan_text(config: RunConfig) -> Plan:
         projection=plan_projection(config, Row(config.text.seq_len), missing),
         phases=phases,
         baseline_hours=baseline,
-        hours=hours,
-        price=hours * price if hours is not None and price is not None else None,
+        hours=total_of([*bill.hours.values()]),
+        price=bill.price,
+        bill=bill,
         break_even=_break_even(config, inputs, teachers, phases),
         missing=tuple(missing),
     )
 
 
-def total_of(values: list[float | None]) -> float | None:
-    """Their sum, None when one of them is not known."""
-    known = [v for v in values if v is not None]
-    return sum(known) if len(known) == len(values) else None
-
-
 def _teacher(
     teacher: TopKLogitsTeacher, config: RunConfig, inputs: InputsPlan | None, manifest: Manifest | None, length: float,
-    rate: float, missing: list[str],
+    rate: float | None, missing: list[str],
 ) -> TeacherPlan:  # fmt: skip
     try:
         model = empty_language_model(teacher.model)
@@ -223,7 +212,7 @@ def _teacher(
         weight_bytes=counts.parameters * BYTES[teacher.model.dtype],
         flops_per_token=per_token,
         flops=flops,
-        hours=flops / rate / 3600 if flops is not None else None,
+        hours=hours_at(flops, rate),
         cache=cache,
     )
 
@@ -238,7 +227,7 @@ def _student(config: RunConfig, missing: list[str]) -> Counts | None:
 
 def _phase(
     phase: PhaseConfig, config: RunConfig, inputs: InputsPlan | None, student: Counts | None, length: float,
-    rate: float, workers: int, read: float | None,
+    rate: float | None, workers: int, read: float | None,
 ) -> PhasePlan:  # fmt: skip
     steps, tokens = phase.steps, None
     if phase.steps is not None:
@@ -252,7 +241,7 @@ def _phase(
         counts = _trained(phase, config) if phase.trainable else student
         trained = counts.trained_parameters
         per_token = counts.training(length, recompute=config.student.gradient_checkpointing)
-        speed = workers * rate / per_token
+        speed = workers * rate / per_token if rate is not None else None
         memory = memory_of(counts.parameters, trained, phase, workers)
     flops = per_token * tokens if per_token is not None and tokens is not None else None
     return PhasePlan(
@@ -262,7 +251,7 @@ def _phase(
         trained_parameters=trained,
         flops_per_token=per_token,
         flops=flops,
-        hours=flops / rate / 3600 if flops is not None else None,
+        hours=hours_at(flops, rate),
         memory=memory,
         tokens_per_second=speed,
         bytes_per_second=speed * read if speed is not None and read is not None else None,

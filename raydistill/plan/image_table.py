@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from raydistill.plan.hardware import bill_lines, hardware_lines
 from raydistill.plan.images import DenoiserPlan, ImagePhasePlan, ImagePlan
 from raydistill.plan.projection import projection_lines
-from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
+from raydistill.plan.words import UNKNOWN, Section, block, bytes_of, hours_of, si, too_big
 
 
 def image_table(plan: ImagePlan) -> str:
     """The plan for a terminal; what is not known is a question mark, and the reasons stand at the end."""
     sections = [
-        (f"Plan of {plan.name}", accelerator_lines(plan.accelerator, plan.utilisation)),
+        (f"Plan of {plan.name}", hardware_lines(plan.hardware)),
         _inputs(plan),
         *(_teacher(t, plan) for t in plan.teachers),
         _average(plan),
@@ -48,7 +49,7 @@ def _teacher(teacher: DenoiserPlan, plan: ImagePlan) -> Section:
     lines = [
         ("model", teacher.source.partition("#")[0]),
         ("parameters", si(teacher.parameters)),
-        ("weights", f"{bytes_of(weights)} per actor{too_big(weights, plan.accelerator)}"),
+        ("weights", f"{bytes_of(weights)} per actor{too_big(weights, plan.hardware.teacher)}"),
     ]
     cache = teacher.cache
     if cache is not None:
@@ -56,7 +57,7 @@ def _teacher(teacher: DenoiserPlan, plan: ImagePlan) -> Section:
         lines.append(("cache", f"{there}{bytes_of(cache.bytes_per_draw)} per draw, {bytes_of(cache.total_bytes)}"))
     passes = {1: "", 2: " (two passes: guidance)"}.get(teacher.passes, f" ({teacher.passes} passes)")
     lines.append(("forward", f"{si(teacher.flops_per_draw, 'FLOP')}/draw{passes}, {si(teacher.flops, 'FLOP')} in all"))
-    lines.append(("time", hours_of(teacher.hours, plan.accelerator)))
+    lines.append(("time", hours_of(teacher.hours, plan.hardware.teacher)))
     return f"Teacher {teacher.name}", lines
 
 
@@ -83,7 +84,7 @@ def _phase(phase: ImagePhasePlan, plan: ImagePlan) -> Section:
         ("steps", f"{steps}, {si(phase.draws)} draws"),
         ("trained", f"{si(phase.trained_parameters)} parameters"),
         ("training", f"{si(phase.flops_per_draw, 'FLOP')}/draw, {si(phase.flops, 'FLOP')} in all"),
-        ("time", hours_of(phase.hours, plan.accelerator)),
+        ("time", hours_of(phase.hours, plan.hardware.train)),
         *_memory(phase, plan),
     ]
     if phase.bytes_per_second is not None:
@@ -105,7 +106,7 @@ def _memory(phase: ImagePhasePlan, plan: ImagePlan) -> list[tuple[str, str]]:
                 bytes_of(size) if size else "–"
                 for size in (m.weights, m.gradients, m.masters, m.moments, m.ema, m.host)
             ),
-            bytes_of(m.device) + too_big(m.device, plan.accelerator),
+            bytes_of(m.device) + too_big(m.device, plan.hardware.train),
         ]
         for stage, m in phase.memory.items()
     ]
@@ -119,12 +120,10 @@ def _memory(phase: ImagePhasePlan, plan: ImagePlan) -> list[tuple[str, str]]:
 
 
 def _total(plan: ImagePlan) -> Section:
-    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.accelerator)} (the same student without a teacher)")]
+    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.hardware.train)} (the same student without a teacher)")]
     if plan.baseline_hours == 0:
         lines = []
-    lines.append(("all", hours_of(plan.hours, plan.accelerator)))
-    if plan.price is not None:
-        lines.append(("price", f"{plan.price:,.2f}"))
+    lines += bill_lines(plan.bill)
     lines.append(("", "(encoding of the inputs, verification and evaluation are not counted)"))
     return "Total", lines
 

@@ -19,8 +19,8 @@ from raydistill.errors import ConfigError, RaydistillError
 from raydistill.models.denoiser import empty_denoiser, process_of, scheduler_config, with_one_sample
 from raydistill.models.denoiser_counts import DenoiserCounts, count_denoiser, empty_denoiser_student
 from raydistill.models.projection.forecast import Row
-from raydistill.plan.accelerators import ACCELERATORS
-from raydistill.plan.estimate import ENOUGH, BreakEven, MemoryPlan, break_even, memory_of, total_of
+from raydistill.plan.estimate import ENOUGH, BreakEven, MemoryPlan, break_even, memory_of
+from raydistill.plan.hardware import Bill, Hardware, bill_of, hardware_of, hours_at, total_of
 from raydistill.plan.image_inputs import (
     BYTES,
     DRAW_BYTES,
@@ -95,10 +95,8 @@ class ImagePlan(Config):
 
     name: str
     """Name of the run."""
-    accelerator: str
-    """Accelerator that hours are counted on."""
-    utilisation: float
-    """Share of the peak that is reached."""
+    hardware: Hardware
+    """Accelerators that hours are counted on."""
     workers: int
     """Training workers; the fewest when training is elastic."""
     draws_per_row: int
@@ -124,7 +122,9 @@ class ImagePlan(Config):
     hours: float | None
     """All accelerator hours; None when a part is not known."""
     price: float | None
-    """Price of all hours, when one is configured."""
+    """Price of all hours that have one, when one is configured."""
+    bill: Bill
+    """Those hours by accelerator, and what has no price."""
     break_even: BreakEven | None
     """When the caches have paid for themselves; a use is one pass over the training draws."""
     missing: tuple[str, ...]
@@ -134,12 +134,13 @@ class ImagePlan(Config):
 def plan_images(config: RunConfig) -> ImagePlan:
     """The cost of `config`, whose paths are resolved. Runs nothing; what cannot be known is None and in `missing`."""
     missing: list[str] = []
-    rate = ACCELERATORS[config.plan.accelerator].flops * config.plan.utilisation
+    hardware = hardware_of(config, missing)
+    asked, trained = hardware.rate(hardware.teacher), hardware.rate(hardware.train)
     shape = image_shape(config, missing)
     inputs, manifest = plan_image_inputs(config, shape, missing)
     counts = _Counts(shape)
     teachers = tuple(
-        _teacher(t, config, counts, inputs, manifest, rate, missing)
+        _teacher(t, config, counts, inputs, manifest, asked, missing)
         for t in config.teachers
         if isinstance(t, NoisePredictionTeacher | OdeTrajectoryTeacher)
     )
@@ -149,17 +150,17 @@ def plan_images(config: RunConfig) -> ImagePlan:
     student = _student(config, counts, missing)
     read = _bytes_read(config, shape, inputs, teachers, average)
     phases = tuple(
-        _phase(p, config, inputs, student, _asked(p, config, counts, missing), rate, fewest, read)
+        _phase(p, config, inputs, student, _asked(p, config, counts, missing), trained, fewest, read)
         for p in config.phases
     )
     training = total_of([p.hours for p in phases])
     baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
-    hours = total_of([*(t.hours for t in teachers), training, baseline])
-    price = config.plan.price_of()
+    bill = bill_of(
+        config, *((hardware.teacher, t.hours) for t in teachers), (hardware.train, training), (hardware.train, baseline)
+    )
     return ImagePlan(
         name=config.name,
-        accelerator=config.plan.accelerator,
-        utilisation=config.plan.utilisation,
+        hardware=hardware,
         workers=fewest,
         draws_per_row=config.latents.noise.draws_per_row,
         shape=shape,
@@ -171,8 +172,9 @@ def plan_images(config: RunConfig) -> ImagePlan:
         projection=plan_projection(config, Row(shape.text_tokens, shape.size), missing),
         phases=phases,
         baseline_hours=baseline,
-        hours=hours,
-        price=hours * price if hours is not None and price is not None else None,
+        hours=total_of([*bill.hours.values()]),
+        price=bill.price,
+        bill=bill,
         break_even=_break_even(config, inputs, teachers, phases),
         missing=tuple(missing),
     )
@@ -197,7 +199,7 @@ class _Counts:
 
 def _teacher(
     teacher: NoisePredictionTeacher | OdeTrajectoryTeacher, config: RunConfig, counted: _Counts,
-    inputs: ImageInputsPlan | None, manifest: Manifest | None, rate: float, missing: list[str],
+    inputs: ImageInputsPlan | None, manifest: Manifest | None, rate: float | None, missing: list[str],
 ) -> DenoiserPlan:  # fmt: skip
     passes = 1 if teacher.guidance_scale in (None, 1) else 2
     taps = 0
@@ -225,7 +227,7 @@ def _teacher(
         passes=passes,
         flops_per_draw=per_draw,
         flops=flops,
-        hours=flops / rate / 3600 if flops is not None else None,
+        hours=hours_at(flops, rate),
         cache=cache,
     )
 
@@ -284,7 +286,7 @@ def _asked(phase: PhaseConfig, config: RunConfig, counted: _Counts, missing: lis
 
 def _phase(
     phase: PhaseConfig, config: RunConfig, inputs: ImageInputsPlan | None,
-    student: DenoiserCounts | None, asked: DenoiserCounts | None, rate: float, workers: int, read: float | None,
+    student: DenoiserCounts | None, asked: DenoiserCounts | None, rate: float | None, workers: int, read: float | None,
 ) -> ImagePhasePlan:  # fmt: skip
     steps, draws = phase.steps, None
     if phase.steps is not None:
@@ -296,7 +298,7 @@ def _phase(
     if student is not None:
         trained = _trained(phase, config) if phase.trainable else student.trained_parameters
         per_draw = training_flops(phase.recipe, config, student, asked)
-        speed = workers * rate / per_draw
+        speed = workers * rate / per_draw if rate is not None else None
         more, more_trained = players_beside(phase.recipe, asked or student)
         sizes = student.parameters + more, trained + more_trained
         memory = {stage: _memory(*sizes, phase, stage, workers) for stage in STAGES}
@@ -309,7 +311,7 @@ def _phase(
         trained_parameters=trained,
         flops_per_draw=per_draw,
         flops=flops,
-        hours=flops / rate / 3600 if flops is not None else None,
+        hours=hours_at(flops, rate),
         memory=memory,
         draws_per_second=speed,
         bytes_per_second=speed * read if speed is not None and read is not None and phase.recipe.uses_teacher else None,

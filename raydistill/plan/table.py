@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from raydistill.plan.estimate import PhasePlan, Plan, TeacherPlan
+from raydistill.plan.hardware import bill_lines, hardware_lines
 from raydistill.plan.projection import projection_lines
-from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
+from raydistill.plan.words import UNKNOWN, Section, block, bytes_of, hours_of, si, too_big
 
 
 def text_table(plan: Plan) -> str:
@@ -23,9 +24,7 @@ def text_table(plan: Plan) -> str:
 
 
 def _header(plan: Plan) -> Section:
-    return f"Plan of {plan.name}", [
-        *accelerator_lines(plan.accelerator, plan.utilisation),
-    ]
+    return f"Plan of {plan.name}", hardware_lines(plan.hardware)
 
 
 def _inputs(plan: Plan) -> Section:
@@ -51,7 +50,7 @@ def _teacher(teacher: TeacherPlan, plan: Plan) -> Section:
         ("parameters", _parameters(teacher.parameters, teacher.active_parameters)),
     ]
     lines.append(
-        ("weights", f"{bytes_of(teacher.weight_bytes)} per actor{too_big(teacher.weight_bytes, plan.accelerator)}")
+        ("weights", f"{bytes_of(teacher.weight_bytes)} per actor{too_big(teacher.weight_bytes, plan.hardware.teacher)}")
     )
     cache = teacher.cache
     if cache is not None and cache.cached:
@@ -61,7 +60,7 @@ def _teacher(teacher: TeacherPlan, plan: Plan) -> Section:
         size = f"about {cache.bytes_per_token:.0f} B/token on disk ({cache.raw_bytes_per_token:.0f} before compression)"
         lines.append(("cache", f"{size}, {total}"))
     lines.append(("forward", f"{si(teacher.flops_per_token, 'FLOP')}/token, {si(teacher.flops, 'FLOP')} in all"))
-    lines.append(("time", hours_of(teacher.hours, plan.accelerator)))
+    lines.append(("time", hours_of(teacher.hours, plan.hardware.teacher)))
     return title, lines
 
 
@@ -79,7 +78,7 @@ def _phase(phase: PhasePlan, plan: Plan) -> Section:
         ("steps", f"{steps}, {si(phase.tokens)} tokens"),
         ("trained", f"{si(phase.trained_parameters)} parameters"),
         ("training", f"{si(phase.flops_per_token, 'FLOP')}/token, {si(phase.flops, 'FLOP')} in all"),
-        ("time", hours_of(phase.hours, plan.accelerator)),
+        ("time", hours_of(phase.hours, plan.hardware.train)),
     ]
     memory = phase.memory
     if memory is not None:
@@ -90,7 +89,7 @@ def _phase(phase: PhasePlan, plan: Plan) -> Section:
         text = ", ".join(f"{name} {bytes_of(size)}" for name, size in parts.items() if size)
         each = f"{plan.workers} worker{'s' if plan.workers > 1 else ''}"
         lines.append(
-            ("memory", f"{bytes_of(memory.device)} on each of {each}{too_big(memory.device, plan.accelerator)}")
+            ("memory", f"{bytes_of(memory.device)} on each of {each}{too_big(memory.device, plan.hardware.train)}")
         )
         lines.append(
             ("", f"({text}{f'; {bytes_of(memory.host)} of it offloaded' if memory.host else ''}; activations extra)")
@@ -101,12 +100,10 @@ def _phase(phase: PhasePlan, plan: Plan) -> Section:
 
 
 def _total(plan: Plan) -> Section:
-    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.accelerator)} (the same student without a teacher)")]
+    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.hardware.train)} (the same student without a teacher)")]
     if plan.baseline_hours == 0:
         lines = []
-    lines.append(("all", hours_of(plan.hours, plan.accelerator)))
-    if plan.price is not None:
-        lines.append(("price", f"{plan.price:,.2f}"))
+    lines += bill_lines(plan.bill)
     lines.append(("", "(verification and evaluation are not counted)"))
     return "Total", lines
 

@@ -27,17 +27,8 @@ def hours_of(hours: float | None, accelerator: str) -> str:
 
 def too_big(size: float | None, accelerator: str) -> str:
     """Words for what does not fit onto one accelerator, none for what does."""
-    limit = ACCELERATORS[accelerator].memory_bytes
-    return f": more than one {accelerator} has" if size is not None and size > limit else ""
-
-
-def accelerator_lines(name: str, utilisation: float) -> list[tuple[str, str]]:
-    """What hours are counted on."""
-    device = ACCELERATORS[name]
-    return [
-        ("accelerator", f"{name}, {si(device.flops, 'FLOP/s')} dense bf16, {bytes_of(device.memory_bytes)}"),
-        ("", f"({device.source}; hours at {utilisation:.0%} of the peak)"),
-    ]
+    known = ACCELERATORS.get(accelerator)
+    return f": more than one {accelerator} has" if known and size is not None and size > known.memory_bytes else ""
 
 
 def si(number: float | None, unit: str = "") -> str:

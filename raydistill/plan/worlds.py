@@ -17,9 +17,18 @@ from raydistill.models.taps import Taps
 from raydistill.models.world.features import per_clip
 from raydistill.models.world.files import world_sizes
 from raydistill.models.world.model import empty_world
-from raydistill.plan.accelerators import ACCELERATORS
-from raydistill.plan.estimate import MemoryPlan, memory_of, total_of
-from raydistill.plan.words import UNKNOWN, Section, accelerator_lines, block, bytes_of, hours_of, si, too_big
+from raydistill.plan.estimate import MemoryPlan, memory_of
+from raydistill.plan.hardware import (
+    Bill,
+    Hardware,
+    bill_lines,
+    bill_of,
+    hardware_lines,
+    hardware_of,
+    hours_at,
+    total_of,
+)
+from raydistill.plan.words import UNKNOWN, Section, block, bytes_of, hours_of, si, too_big
 from raydistill.train.parameters import parameter_groups
 
 RANK = 64
@@ -57,6 +66,8 @@ class WorldTeacherPlan(Config):
     """Bytes of the whole signal; 0 for a teacher that is asked online."""
     hours: float | None
     """Accelerator hours of asking it about every clip once, or, online, in every step."""
+    accelerator: str
+    """Accelerator that it runs on: that of the students where it is asked in their workers."""
     other_hours: float | None
     """The same for the other way: online if it is cached, cached if it is online."""
     online: Literal["no", "local", "actors"]
@@ -89,10 +100,8 @@ class WorldPlan(Config):
 
     name: str
     """Name of the run."""
-    accelerator: str
-    """Accelerator that hours are counted on."""
-    utilisation: float
-    """Share of the peak that is reached."""
+    hardware: Hardware
+    """Accelerators that hours are counted on."""
     workers: int
     """Training workers; the fewest when training is elastic."""
     clips: int | None
@@ -108,7 +117,9 @@ class WorldPlan(Config):
     hours: float | None
     """All accelerator hours; None when a part is not known."""
     price: float | None
-    """Price of all hours, when one is configured."""
+    """Price of all hours that have one, when one is configured."""
+    bill: Bill
+    """Those hours by accelerator, and what has no price."""
     missing: tuple[str, ...]
     """What could not be known, and why."""
 
@@ -117,7 +128,8 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
     """The cost of `config`, whose paths are resolved. Runs nothing; what cannot be known is None and in `missing`."""
     missing: list[str] = []
     source = config.episodes
-    rate = ACCELERATORS[config.plan.accelerator].flops * config.plan.utilisation
+    hardware = hardware_of(config, missing)
+    trained = hardware.rate(hardware.train)
     clips = _clips(source)
     if clips is None:
         missing.append("number of clips: the source must be read first (--stages inputs)")
@@ -127,28 +139,27 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
     seen = [_clips_seen(phase, config, clips) for phase in config.phases]
     taught = total_of([n for n, phase in zip(seen, config.phases, strict=True) if phase.recipe.uses_teacher])
     teachers = tuple(
-        _teacher(t, config, clips, taught, rate, missing) for t in config.teachers if isinstance(t, WorldTeacher)
+        _teacher(t, config, clips, taught, hardware, missing) for t in config.teachers if isinstance(t, WorldTeacher)
     )
     beside = _local_bytes(teachers)
     phases = tuple(
-        _phase(phase, config, student, n, rate, fewest, beside if phase.recipe.uses_teacher else 0.0)
+        _phase(phase, config, student, n, trained, fewest, beside if phase.recipe.uses_teacher else 0.0)
         for n, phase in zip(seen, config.phases, strict=True)
     )
-    hours = total_of([*(t.hours for t in teachers), *(p.hours for p in phases)])
-    price = config.plan.price_of()
+    bill = bill_of(config, *((t.accelerator, t.hours) for t in teachers), *((hardware.train, p.hours) for p in phases))
     frame = 3 * source.frame_size[0] * source.frame_size[1]
     return WorldPlan(
         name=config.name,
-        accelerator=config.plan.accelerator,
-        utilisation=config.plan.utilisation,
+        hardware=hardware,
         workers=fewest,
         clips=clips,
         clip_bytes=source.clip_frames * frame + 4 * source.clip_frames,
         teachers=teachers,
         student=student,
         phases=phases,
-        hours=hours,
-        price=hours * price if hours is not None and price is not None else None,
+        hours=total_of([*bill.hours.values()]),
+        price=bill.price,
+        bill=bill,
         missing=tuple(missing),
     )
 
@@ -193,9 +204,16 @@ def _counted(who: str, model: object, source: EpisodesSource, missing: list[str]
 
 
 def _teacher(
-    teacher: WorldTeacher, config: RunConfig, clips: int | None, taught: float | None, rate: float, missing: list[str]
+    teacher: WorldTeacher,
+    config: RunConfig,
+    clips: int | None,
+    taught: float | None,
+    hardware: Hardware,
+    missing: list[str],
 ) -> WorldTeacherPlan:
     source, online = config.episodes, teacher.online != "no"
+    accelerator = hardware.train if teacher.online == "local" else hardware.teacher
+    rate = hardware.rate(accelerator)
     smaller: dict[str, float] = {}
     sent = None
     counts = _counted(f"teacher {teacher.name}", teacher.model, source, missing)
@@ -209,8 +227,8 @@ def _teacher(
         flops = counts.clip_flops + (
             counts.frame_flops * (source.clip_frames - 1) if teacher.signal == "rollout" else 0
         )
-        cached = None if clips is None else flops * clips / rate / 3600
-        asked = None if taught is None else flops * taught / rate / 3600
+        cached = None if clips is None else hours_at(flops * clips, rate)
+        asked = None if taught is None else hours_at(flops * taught, rate)
         hours, other = (asked, cached) if online else (cached, asked)
     total = None if clips is None or per_clip_bytes is None else 0.0 if online else per_clip_bytes * clips
     return WorldTeacherPlan(
@@ -221,6 +239,7 @@ def _teacher(
         total_bytes=total,
         hours=hours,
         other_hours=None if teacher.signal == "rollout" else other,
+        accelerator=accelerator,
         online=teacher.online,
         smaller=smaller,
         sent_bytes=None if teacher.signal == "rollout" else sent,
@@ -277,7 +296,7 @@ def _phase(
     config: RunConfig,
     student: WorldCounts | None,
     seen: float | None,
-    rate: float,
+    rate: float | None,
     workers: int,
     beside: float,
 ) -> WorldPhasePlan:
@@ -295,7 +314,7 @@ def _phase(
         memory = memory_of(student.parameters, trained, phase, workers)
         memory = memory.model_copy(update={"device": memory.device + beside})
         passes = 1 + BACKWARD + (1 if config.student.gradient_checkpointing else 0)
-        hours = None if seen is None else passes * student.clip_flops * seen / rate / 3600
+        hours = None if seen is None else hours_at(passes * student.clip_flops * seen, rate)
     return WorldPhasePlan(
         name=phase.name, steps=steps, clips=seen, trained_parameters=trained, hours=hours, memory=memory
     )
@@ -311,19 +330,15 @@ def world_table(plan: WorldPlan) -> str:
     about = UNKNOWN if plan.clips is None else f"about {plan.clips:,}"
     total = None if plan.clips is None else float(plan.clips * plan.clip_bytes)
     sections: list[Section] = [
-        (f"Plan of {plan.name}", accelerator_lines(plan.accelerator, plan.utilisation)),
+        (f"Plan of {plan.name}", hardware_lines(plan.hardware)),
         ("Episodes", [("clips", about), ("cache", f"{bytes_of(plan.clip_bytes)} per clip, {bytes_of(total)}")]),
         *(_teacher_lines(teacher, plan) for teacher in plan.teachers),
         _student_lines(plan),
         *(_phase_lines(phase, plan) for phase in plan.phases),
-        ("Total", [("all", hours_of(plan.hours, plan.accelerator)), *_price(plan)]),
+        ("Total", bill_lines(plan.bill)),
         ("Not known", [("", reason) for reason in plan.missing]),
     ]
     return "\n\n".join(block(title, lines) for title, lines in sections if lines)
-
-
-def _price(plan: WorldPlan) -> list[tuple[str, str]]:
-    return [] if plan.price is None else [("price", f"{plan.price:,.2f}")]
 
 
 def _size(counts: WorldCounts | None) -> str:
@@ -333,7 +348,7 @@ def _size(counts: WorldCounts | None) -> str:
 
 
 def _teacher_lines(teacher: WorldTeacherPlan, plan: WorldPlan) -> Section:
-    counts, name = teacher.counts, plan.accelerator
+    counts, name = teacher.counts, teacher.accelerator
     kept = f"{bytes_of(teacher.clip_bytes)} per clip, {bytes_of(teacher.total_bytes)}"
     asked = teacher.online != "no"
     way, other = ("asked online", "a cache") if asked else ("cached", "asking online")
@@ -377,9 +392,9 @@ def _phase_lines(phase: WorldPhasePlan, plan: WorldPlan) -> Section:
     lines: list[tuple[str, str]] = [
         ("steps", f"{UNKNOWN if phase.steps is None else f'{phase.steps:,}'}, {si(phase.clips)} clips"),
         ("trained", f"{si(phase.trained_parameters)} parameters"),
-        ("time", hours_of(phase.hours, plan.accelerator)),
+        ("time", hours_of(phase.hours, plan.hardware.train)),
     ]
     if phase.memory is not None:
         size = phase.memory.device
-        lines.append(("memory", f"{bytes_of(size)} on each of {plan.workers}{too_big(size, plan.accelerator)}"))
+        lines.append(("memory", f"{bytes_of(size)} on each of {plan.workers}{too_big(size, plan.hardware.train)}"))
     return f"Phase {phase.name}", lines

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 
+from raydistill.config.accelerators import without_price
 from raydistill.report.charts import NBSP, Bar, bar_chart, dot_chart, number, percent
 from raydistill.report.curves import Figure
 from raydistill.report.images import feature_metrics, flattened
@@ -73,6 +74,8 @@ class Stages:
     total: str
     gpu_total: str | None
     price_total: str | None
+    unpriced: str
+    """Words for what the price leaves out."""
     rows: tuple[tuple[str, str, str, str], ...]
     """Stage, time, time of GPUs and money; none where no stage asked for a GPU."""
 
@@ -279,7 +282,7 @@ def samples(content: Json) -> list[Sample]:
 
 
 def stages(found: Json) -> Stages | None:
-    """What each stage took, from its `seconds`, `gpu_seconds` and `price`."""
+    """What each stage took, from its `seconds`, `gpu_seconds`, `gpu_at_most`, `price` and `unpriced`."""
     seconds, gpu, prices = (
         {name: as_number(section(facts).get(key)) for name, facts in found.items()}
         for key in ("seconds", "gpu_seconds", "price")
@@ -290,20 +293,25 @@ def stages(found: Json) -> Stages | None:
     bars = [Bar(name, value, duration(value), "c0") for name, value in known.items()]
     gpu_total = sum(v for v in gpu.values() if v)
     price_total = sum(v for v in prices.values() if v)
-    rows = [(name, duration(known[name]), *_cost(gpu[name], prices[name])) for name in known]
-    rows.append(("all", duration(sum(known.values())), *_cost(gpu_total, price_total or None)))
+    most = {name: "at most " if section(facts).get("gpu_at_most") else "" for name, facts in found.items()}
+    most_total = max(most.values())
+    left_out = sorted({str(section(facts)["unpriced"]) for facts in found.values() if "unpriced" in section(facts)})
+    rows = [(name, duration(known[name]), *_cost(gpu[name], prices[name], most[name])) for name in known]
+    rows.append(("all", duration(sum(known.values())), *_cost(gpu_total, price_total or None, most_total)))
     return Stages(
         bar_chart(bars, label="Time by stage"),
         duration(sum(known.values())),
-        duration(gpu_total) if gpu_total else None,
-        f"{price_total:,.2f}" if price_total else None,
+        f"{most_total}{duration(gpu_total)}" if gpu_total else None,
+        f"{most_total}{price_total:,.2f}" if price_total else None,
+        without_price(left_out),
         tuple(rows) if gpu_total else (),
     )
 
 
-def _cost(gpu_seconds: float | None, price: float | None) -> tuple[str, str]:
-    """Time of GPUs and money in words."""
-    return (duration(gpu_seconds) if gpu_seconds else "–"), ("–" if price is None else f"{price:,.2f}")
+def _cost(gpu_seconds: float | None, price: float | None, most: str) -> tuple[str, str]:
+    """Time of GPUs and money in words; `most` says where they are an upper bound."""
+    money = "–" if price is None else f"{most}{price:,.2f}"
+    return (f"{most}{duration(gpu_seconds)}" if gpu_seconds else "–"), money
 
 
 def resources(config: Json) -> list[tuple[str, str]]:

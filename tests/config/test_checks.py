@@ -76,6 +76,13 @@ REFUSED: list[tuple[str, dict[str, JsonValue], str]] = [
     ("no actor", {"resources.teacher.actors": [0, 2]}, "1 ≤ fewest ≤ most, found [0, 2]"),
     ("a GPU and a half", {"resources.teacher.gpus": 1.5}, "found 1.5"),
     ("an accelerator without GPU", {"resources.teacher.accelerator": "H100"}, "resources.teacher.gpus is 0"),
+    ("an accelerator that nobody sells",
+     {"resources.teacher": {"gpus": 1, "accelerator": "L40s"}},
+     "resources.teacher.accelerator (settings): wanted Ray's name of an accelerator (L40S, H100, …), found 'L40s'; "
+     "nearest: L40S; for a name of your cluster's own, name its file: resources.cluster."),
+    ("a price of what nobody sells", {"plan.price_per_hour": {"L40S": 1.9, "H1000": 4.1}}, "'H1000'; nearest: H100."),
+    ("a bucket without its second slash", {"run_dir": "s3:/bucket/run"},
+     "run_dir (settings): wanted a folder or a URI with two slashes, found 's3:/bucket/run'; nearest: s3://bucket/run"),
     ("asynchronous without steps", {**GPU, "evaluate.asynchronous": True}, "set evaluate.every_steps"),
     ("asynchronous in the driver", {"evaluate": {"asynchronous": True, "every_steps": 2}}, "workers of their own"),
     ("steps and epochs", {"phases.0.epochs": 1}, "exactly one of steps and epochs"),
@@ -105,6 +112,9 @@ def test_refused(settings: dict[str, JsonValue], text: str) -> None:
 
 
 ALLOWED: list[tuple[str, dict[str, JsonValue]]] = [
+    ("a cluster's own name for its GPUs",
+     {"resources": {"cluster": "cluster.yaml", "teacher": {"gpus": 1, "accelerator": "our-gpus"}},
+      "plan.price_per_hour": {"our-gpus": 1.0, "A100-80G": 2.0}}),
     ("exact at T = 1 needs no grid",
      {"phases.0.recipe": {"temperature_mode": "exact"}, "teachers.0.temperatures": [], "teachers.1.temperatures": []}),
     ("exact inside K needs no grid",
