@@ -54,6 +54,26 @@ def test_what_encodes_images_stands_where_teachers_do() -> None:
         )
 
 
+def test_teachers_that_answer_workers_stand_beside_them() -> None:
+    def game(workers: int, *overrides: str) -> RunConfig:
+        base = f"resources.cluster={ROOT / 'cluster/aws.yaml'}", f"resources.train={{workers: {workers}, gpus: 1}}"
+        file = str(ROOT / "configs/gamecraft_world_model.yaml")
+        return resolve_paths(load_config([file], [*base, "teachers.0.online=actors", *overrides]))
+
+    teacher = "resources.teacher={gpus: 1, actors: [1, 8]}"
+    found = place(game(8, teacher))  # 8 L40S and 16 H100
+    assert [stage.stage for stage in found if stage.wanted.startswith("8 ×")] == ["train", "beside train"]
+    with pytest.raises(ConfigError, match=r"train, beside 8 actors of .*: wanted 20 workers .* found room for 16 on"):
+        place(game(20, teacher))
+    with pytest.raises(ConfigError, match=r"wanted 12 workers .* found room for 8 on .* at most .*aws.yaml"):
+        place(
+            game(
+                12, "resources.teacher={gpus: 1, actors: [8, 8], accelerator: H100}", "resources.train.accelerator=H100"
+            )
+        )
+    assert len(place(game(24, teacher, "teachers.0.online=local"))) == 2
+
+
 @pytest.mark.parametrize("stages", [None, ("inputs",)])
 def test_what_a_later_stage_can_never_have_is_refused_before_the_first_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[str, ...] | None

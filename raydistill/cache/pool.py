@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from raydistill import errors
-from raydistill.config.nodes import NodeType, left_beside, node_types, places, require_places
+from raydistill.config.nodes import NodeType, node_types, places, require_beside, require_places
 from raydistill.config.schema import ResourcesConfig, TeacherResources
 from raydistill.errors import RaydistillError
 from raydistill.memory import keep_freed_memory
@@ -51,13 +51,9 @@ def require_cluster(
 
 def require_both(resources: ResourcesConfig, actors: int) -> None:
     """`require_cluster` for the fewest training workers while `actors` teachers hold their share of the cluster."""
-    teacher, train, types = resources.teacher, resources.train, _types(resources.cluster)
-    fewest = train.workers if isinstance(train.workers, int) else train.workers[0]
-    if types is not None and fewest:
-        worker = (train.cpus, train.gpus, train.accelerator)
-        types = left_beside(types, actors, (teacher.cpus, teacher.gpus, teacher.accelerator), worker)
-        key = f"resources.train, beside {actors} actor{'s' * (actors > 1)} of resources.teacher"
-        require_places(types, key, fewest, *worker, file=resources.cluster, what="worker")
+    types = _types(resources.cluster)
+    if types is not None:
+        require_beside(types, resources, actors)
 
 
 def _types(file: str | None) -> tuple[NodeType, ...] | None:

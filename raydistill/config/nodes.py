@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from pydantic import JsonValue
 
 from raydistill.config.yamlfile import read_yaml
 from raydistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raydistill.config.schema import ResourcesConfig
 
 GPU = "nvidia.com/gpu"
 
@@ -96,6 +99,17 @@ def require_places(
         f"{key}: wanted {wanted}, found room for {here} on {found}{most}. "
         f"Ask for less{remedy} or use a larger cluster{grows}."
     )
+
+
+def require_beside(types: Sequence[NodeType], resources: ResourcesConfig, actors: int) -> None:
+    """`require_places` for the fewest training workers while `actors` of `resources.teacher` hold their share."""
+    teacher, train = resources.teacher, resources.train
+    fewest = train.workers if isinstance(train.workers, int) else train.workers[0]
+    if fewest:
+        worker = (train.cpus, train.gpus, train.accelerator)
+        left = left_beside(types, actors, (teacher.cpus, teacher.gpus, teacher.accelerator), worker)
+        key = f"resources.train, beside {actors} actor{'s' * (actors > 1)} of resources.teacher"
+        require_places(left, key, fewest, *worker, file=resources.cluster, what="worker")
 
 
 def _described(node: Mapping[str, float]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from raydistill.config.nodes import NodeType, node_types, require_places
+from raydistill.config.answering import actors_beside
+from raydistill.config.nodes import NodeType, node_types, require_beside, require_places
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ENCODED
 from raydistill.config.world import WorldTeacher
@@ -36,12 +37,14 @@ def place(config: RunConfig) -> tuple[Placement, ...]:
     size = (teacher.cpus, teacher.gpus, teacher.accelerator)
     if isinstance(config.source, ENCODED):
         found.append(_stage(types, config, "teacher", "inputs", teacher.actors, *size))
-    beside = [t for t in config.teachers if not (isinstance(t, WorldTeacher) and t.online == "local")]
-    if beside:  # the others run in the training workers
+    if any(not isinstance(t, WorldTeacher) or t.online == "no" for t in config.teachers):
         found.append(_stage(types, config, "teacher", "signals", teacher.actors, *size))
     if train.workers != 0:
         workers = (train.workers, train.workers) if isinstance(train.workers, int) else train.workers
         found.append(_stage(types, config, "train", "train", workers, train.cpus, train.gpus, train.accelerator))
+    if actors := actors_beside(config):
+        found.append(_stage(types, config, "teacher", "beside train", (actors, actors), *size))
+        require_beside(types, resources, actors)
     return tuple(found)
 
 

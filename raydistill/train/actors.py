@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raydistill import errors
+from raydistill.config.answering import pool_size
 from raydistill.errors import RaydistillError
 from raydistill.train.job import PhaseJob
 
@@ -63,7 +64,7 @@ def actor_pools(job: PhaseJob, pools: Mapping[str, Pool], connect: Callable[[], 
     from raydistill.cache.pool import require_both, require_teachers
 
     connect()
-    share, size = job.config.resources.teacher, _pool_size(job)
+    share, size = job.config.resources.teacher, pool_size(job.config.resources)
     require_teachers(job.config.resources, size * len(pools))
     require_both(job.config.resources, size * len(pools))
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -89,7 +90,7 @@ def actor_of(job: PhaseJob, name: str, rank: int) -> Any:
     """The actor of the pool `name` that answers a rank; several ranks may share it."""
     import ray
 
-    return ray.get_actor(_name(job, name, rank % _pool_size(job)))
+    return ray.get_actor(_name(job, name, rank % pool_size(job.config.resources)))
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -102,14 +103,6 @@ def array(tensor: Tensor) -> np.ndarray:
 def tensor(values: np.ndarray) -> Tensor:
     """What Ray sent, in memory of its own: Ray's is read-only."""
     return torch.from_numpy(np.array(values))
-
-
-def _pool_size(job: PhaseJob) -> int:
-    """One actor for each worker, within the bounds of `resources.teacher.actors`."""
-    workers = job.config.resources.train.workers
-    wanted = max(1, workers if isinstance(workers, int) else workers[1])
-    low, high = job.config.resources.teacher.actors
-    return min(high, max(low, wanted))
 
 
 def _name(job: PhaseJob, name: str, index: int) -> str:
