@@ -20,7 +20,6 @@ from raydistill.config.teachers import NoisePredictionTeacher, OdeTrajectoryTeac
 from raydistill.models.autoencoder import load_space
 from raydistill.signals import JsonValue, Teacher
 from raydistill.sources.films import mp4, webp
-from raydistill.storage import Store
 
 PREVIEWS = "previews"
 """Folder of a cache with samples to look at; no part of its manifest."""
@@ -33,7 +32,7 @@ class DenoiserWorker:
         assert isinstance(job.teacher, NoisePredictionTeacher | OdeTrajectoryTeacher)
         assert job.noise is not None, "a denoiser is asked about noise"
         self._job, self._settings, self._noise, self._tally = job, job.teacher, job.noise, tally
-        self._inputs, self._store = Store(job.inputs), Store(job.store)
+        self._inputs, self._store = job.open()
         self._computing = threading.Lock()
         torch.set_num_threads(job.threads)  # Ray's OMP_NUM_THREADS does not bind a teacher that sets its own
         self._teacher = job.factory(job.teacher, job.noise)

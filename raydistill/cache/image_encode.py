@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raydistill.cache.dense import row_sha, write_dense
 from raydistill.cache.image_index import IMAGES_FORMAT, ShardPlan, read_plan
-from raydistill.cache.ledger import write_description
+from raydistill.cache.ledger import require_begun, write_description
 from raydistill.cache.shards import field_records, publish_record
 from raydistill.config.sources import Pictures, VideosSource
 from raydistill.errors import DataError
@@ -64,6 +64,7 @@ class EncodeWorker:
     def __init__(self, source: Pictures, staging: str, store: str, threads: int, tally: Any):
         self._source, self._threads, self._tally = source, threads, tally
         self._staging, self._store = Store(staging), Store(store)
+        require_begun(self._store)
         self._computing = threading.Lock()
         torch.set_num_threads(threads)  # Ray's OMP_NUM_THREADS does not bind a model that sets its own
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, JsonValue, RootModel
 
@@ -180,16 +180,33 @@ class Ledger:
 
 def require_seen(folder: Store, names: Sequence[str]) -> None:
     """`ConfigError` unless this process sees all the files that actors say they have published in `folder`."""
+    if missing := _unseen(lambda: sorted(set(names) - set(folder.names()))):
+        raise _not_shared(
+            f"{len(missing)} of {len(names)} files published elsewhere ({missing[0]} is not in {folder.uri} "
+            f"on {platform.node()})"
+        )
+
+
+def require_begun(store: Store) -> None:
+    """`ConfigError` unless this process, of an actor, sees the cache that the driver has begun in `store`."""
+    if missing := _unseen(lambda: [] if store.exists(CONTENT) or store.exists(MANIFEST) else [CONTENT]):
+        raise _not_shared(f"none of the driver's files ({missing[0]} is not in {store.uri} on {platform.node()})")
+
+
+def _unseen(missing: Callable[[], list[str]]) -> list[str]:
+    """What is still `missing` when no folder can be shown as it was before."""
     deadline = time.monotonic() + LISTING_SECONDS
-    while missing := sorted(set(names) - set(folder.names())):
-        if time.monotonic() >= deadline:
-            raise ConfigError(
-                f"cache.dir: wanted one folder that all nodes of the cluster see, found {len(missing)} of {len(names)} "
-                f"files published elsewhere ({missing[0]} is not in {folder.uri} on {platform.node()}). "
-                "Point cache.dir (and run_dir) at a file system that all nodes share, or at an object store, and run "
-                "the same command again."
-            )
+    while (found := missing()) and time.monotonic() < deadline:
         time.sleep(min(1.0, LISTING_SECONDS))
+    return found
+
+
+def _not_shared(found: str) -> ConfigError:
+    return ConfigError(
+        f"cache.dir: wanted one folder that all nodes of the cluster see, found {found}. "
+        "Point cache.dir (and run_dir) at a file system that all nodes share, or at an object store, and run "
+        "the same command again."
+    )
 
 
 def write_description(store: Store, fields: Mapping[str, FieldRecord], facts: Mapping[str, JsonValue]) -> None:

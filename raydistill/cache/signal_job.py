@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from raydistill.cache.ledger import require_begun
 from raydistill.cache.manifest import ShardRecord
 from raydistill.config.sources import NoiseConfig, VaeConfig
 from raydistill.config.teachers import TeacherConfig
 from raydistill.errors import VerificationFailed
 from raydistill.signals import JsonValue, Teacher
+from raydistill.storage import Store
 
 TeacherFactory = Callable[[TeacherConfig, int | NoiseConfig], Teacher]
 """Loads a teacher; it is told the number of real token ids, or what noise denoisers are asked about."""
@@ -39,6 +41,12 @@ class SignalJob:
     audit_tolerance: float
     previews: Previews | None = None
     """Of trajectories."""
+
+    def open(self) -> tuple[Store, Store]:
+        """The caches of inputs and of the signal; `ConfigError` where this actor sees nothing of the driver's."""
+        store = Store(self.store)
+        require_begun(store)
+        return Store(self.inputs), store
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from raydistill.cache.shards import field_records, publish_record, read_inputs, 
 from raydistill.cache.signal_job import SignalJob, audit_if_changed
 from raydistill.config.teachers import TopKLogitsTeacher
 from raydistill.signals import JsonValue
-from raydistill.storage import Store
 
 INPUT_FACTS = ("vocab_size", "tokenizer")
 """Facts of the inputs that the signal's manifest repeats."""
@@ -28,7 +27,7 @@ class TopKWorker:
     def __init__(self, job: SignalJob, tally: Any):
         assert isinstance(job.teacher, TopKLogitsTeacher)
         self._job, self._settings, self._tally = job, job.teacher, tally
-        self._inputs, self._store = Store(job.inputs), Store(job.store)
+        self._inputs, self._store = job.open()
         self._computing = threading.Lock()
         torch.set_num_threads(job.threads)  # Ray's OMP_NUM_THREADS does not bind a teacher that sets its own
         self._vocab_size = int(str(job.facts["vocab_size"]))

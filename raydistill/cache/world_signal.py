@@ -20,7 +20,6 @@ from raydistill.cache.signal_job import SignalJob, audit_if_changed
 from raydistill.config.world import WorldTeacher
 from raydistill.errors import ConfigError, DataError
 from raydistill.signals import JsonValue, Teacher, check_batch
-from raydistill.storage import Store
 
 
 class WorldWorker:
@@ -29,7 +28,7 @@ class WorldWorker:
     def __init__(self, job: SignalJob, tally: Any):
         assert isinstance(job.teacher, WorldTeacher)
         self._job, self._settings, self._tally = job, job.teacher, tally
-        self._inputs, self._store = Store(job.inputs), Store(job.store)
+        self._inputs, self._store = job.open()
         self._computing = threading.Lock()
         torch.set_num_threads(job.threads)  # Ray's OMP_NUM_THREADS does not bind a teacher that sets its own
         self._teacher = job.factory(job.teacher, int(str(job.facts["clip_frames"])))

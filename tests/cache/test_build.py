@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from conftest_cache import Built, InProcess, Killed, build_all, cache_bytes
 
-from raydistill.cache import build, ledger, pool, text_inputs, top_k_signal
+from raydistill.cache import build, ledger, pool, signal_job, text_inputs, top_k_signal
+from raydistill.cache.build import build_signal
 from raydistill.cache.ledger import DAMAGED, Ledger, read_damaged, write_damaged
 from raydistill.cache.manifest import fingerprint_of
 from raydistill.cache.shards import read_inputs, read_records, read_signal
 from raydistill.config.schema import RunConfig
 from raydistill.errors import CacheMismatch, ConfigError, DataError, VerificationFailed
 from raydistill.models.load import load_language_model, load_tokenizer
+from raydistill.signals import Teacher
 from raydistill.storage import Store
 
 Config = Callable[..., RunConfig]
@@ -284,6 +286,21 @@ def test_a_folder_that_nodes_do_not_share_is_named(
     monkeypatch.setattr(ledger, "LISTING_SECONDS", 0)
     with pytest.raises(ConfigError, match=r"cache.dir: wanted one folder that all nodes .* found (\d) of \1 files"):
         build_all(config)
+
+
+def test_a_teacher_that_does_not_see_what_the_driver_has_begun_is_not_loaded(
+    built: Built, in_process: InProcess, make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("elsewhere")
+    caches = Store(config.cache.dir)
+    monkeypatch.setattr(signal_job, "Store", lambda uri: Store(uri.replace(caches.uri, f"{caches.uri}-elsewhere")))
+    monkeypatch.setattr(ledger, "LISTING_SECONDS", 0)
+
+    def load(*_: object) -> Teacher:
+        pytest.fail("loaded a teacher")
+
+    with pytest.raises(ConfigError, match=r"cache.dir: wanted one folder that all nodes .* found none of the driver's"):
+        build_signal(config, config.teachers[0], built.inputs, built.inputs_manifest, caches, factory=load)
 
 
 def test_max_rows_takes_the_first_rows_of_the_source(
