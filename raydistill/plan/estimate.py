@@ -13,7 +13,7 @@ from raydistill.errors import RaydistillError
 from raydistill.models.counts import Counts, count, empty_student
 from raydistill.models.load import empty_language_model
 from raydistill.models.projection.forecast import Row
-from raydistill.plan.hardware import Bill, Hardware, bill_of, hardware_of, hours_at, total_of
+from raydistill.plan.hardware import AnyPlan, bill_of, hardware_of, hours_at, total_of
 from raydistill.plan.inputs import CachePlan, InputsPlan, plan_cache, plan_inputs
 from raydistill.plan.projection import ProjectionPlan, plan_projection
 from raydistill.train.parameters import parameter_groups
@@ -109,15 +109,9 @@ class BreakEven(Config):
     """How much faster everything is, by number of uses: u (t + s) / (r t + u s)."""
 
 
-class Plan(Config):
-    """What a run will cost."""
+class Plan(AnyPlan):
+    """What a run with language models will cost."""
 
-    name: str
-    """Name of the run."""
-    hardware: Hardware
-    """Accelerators that hours are counted on."""
-    workers: int
-    """Training workers; the fewest when training is elastic."""
     inputs: InputsPlan | None
     """Rows and tokens; None when they are not known."""
     teachers: tuple[TeacherPlan, ...]
@@ -134,16 +128,8 @@ class Plan(Config):
     """Phases."""
     baseline_hours: float | None
     """Accelerator hours of training the same student without a teacher; 0 when that is not asked for."""
-    hours: float | None
-    """All accelerator hours; None when a part is not known."""
-    price: float | None
-    """Price of all hours that have one, when one is configured."""
-    bill: Bill
-    """Those hours by accelerator, and what has no price."""
     break_even: BreakEven | None
     """When the cache has paid for itself."""
-    missing: tuple[str, ...]
-    """What could not be known, and why."""
 
 
 def plan_text(config: RunConfig) -> Plan:
@@ -180,8 +166,6 @@ def plan_text(config: RunConfig) -> Plan:
         projection=plan_projection(config, Row(config.text.seq_len), missing),
         phases=phases,
         baseline_hours=baseline,
-        hours=total_of([*bill.hours.values()]),
-        price=bill.price,
         bill=bill,
         break_even=_break_even(config, inputs, teachers, phases),
         missing=tuple(missing),

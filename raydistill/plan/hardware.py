@@ -36,6 +36,31 @@ class Bill(Config):
     """Accelerators that have none, where prices are given."""
 
 
+class AnyPlan(Config):
+    """What the plan of every run says."""
+
+    name: str
+    """Name of the run."""
+    hardware: Hardware
+    """Accelerators that hours are counted on."""
+    workers: int
+    """Training workers; the fewest when training is elastic."""
+    bill: Bill
+    """What all stages need together."""
+    missing: tuple[str, ...]
+    """What could not be known, and why."""
+
+    @property
+    def hours(self) -> float | None:
+        """All accelerator hours; None when a part is not known."""
+        return total_of([*self.bill.hours.values()])
+
+    @property
+    def price(self) -> float | None:
+        """Price of all hours that have one, when one is configured."""
+        return self.bill.price
+
+
 def hardware_of(config: RunConfig, missing: list[str]) -> Hardware:
     """The accelerators of `config`; those whose rate is not known are added to `missing`."""
     resources, assumed = config.resources, config.plan.accelerator

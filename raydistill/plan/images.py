@@ -20,7 +20,7 @@ from raydistill.models.denoiser import empty_denoiser, process_of, scheduler_con
 from raydistill.models.denoiser_counts import DenoiserCounts, count_denoiser, empty_denoiser_student
 from raydistill.models.projection.forecast import Row
 from raydistill.plan.estimate import ENOUGH, BreakEven, MemoryPlan, break_even, memory_of
-from raydistill.plan.hardware import Bill, Hardware, bill_of, hardware_of, hours_at, total_of
+from raydistill.plan.hardware import AnyPlan, bill_of, hardware_of, hours_at, total_of
 from raydistill.plan.image_inputs import (
     BYTES,
     DRAW_BYTES,
@@ -90,15 +90,9 @@ class ImagePhasePlan(Config):
     """What they then read from the caches."""
 
 
-class ImagePlan(Config):
-    """What a run will cost."""
+class ImagePlan(AnyPlan):
+    """What a run with images or videos will cost."""
 
-    name: str
-    """Name of the run."""
-    hardware: Hardware
-    """Accelerators that hours are counted on."""
-    workers: int
-    """Training workers; the fewest when training is elastic."""
     draws_per_row: int
     """Draws of noise per image."""
     shape: ImageShape
@@ -119,16 +113,8 @@ class ImagePlan(Config):
     """Phases."""
     baseline_hours: float | None
     """Accelerator hours of training the same student without a teacher; 0 when that is not asked for."""
-    hours: float | None
-    """All accelerator hours; None when a part is not known."""
-    price: float | None
-    """Price of all hours that have one, when one is configured."""
-    bill: Bill
-    """Those hours by accelerator, and what has no price."""
     break_even: BreakEven | None
     """When the caches have paid for themselves; a use is one pass over the training draws."""
-    missing: tuple[str, ...]
-    """What could not be known, and why."""
 
 
 def plan_images(config: RunConfig) -> ImagePlan:
@@ -172,8 +158,6 @@ def plan_images(config: RunConfig) -> ImagePlan:
         projection=plan_projection(config, Row(shape.text_tokens, shape.size), missing),
         phases=phases,
         baseline_hours=baseline,
-        hours=total_of([*bill.hours.values()]),
-        price=bill.price,
         bill=bill,
         break_even=_break_even(config, inputs, teachers, phases),
         missing=tuple(missing),

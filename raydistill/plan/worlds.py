@@ -19,7 +19,7 @@ from raydistill.models.world.files import world_sizes
 from raydistill.models.world.model import empty_world
 from raydistill.plan.estimate import MemoryPlan, memory_of
 from raydistill.plan.hardware import (
-    Bill,
+    AnyPlan,
     Hardware,
     bill_lines,
     bill_of,
@@ -95,15 +95,9 @@ class WorldPhasePlan(Config):
     """Memory of one worker."""
 
 
-class WorldPlan(Config):
-    """What a run will cost."""
+class WorldPlan(AnyPlan):
+    """What a run with world models will cost."""
 
-    name: str
-    """Name of the run."""
-    hardware: Hardware
-    """Accelerators that hours are counted on."""
-    workers: int
-    """Training workers; the fewest when training is elastic."""
     clips: int | None
     """Clips of the source, of all splits; None when the source must be read first."""
     clip_bytes: int
@@ -114,14 +108,6 @@ class WorldPlan(Config):
     """The student."""
     phases: tuple[WorldPhasePlan, ...]
     """Phases."""
-    hours: float | None
-    """All accelerator hours; None when a part is not known."""
-    price: float | None
-    """Price of all hours that have one, when one is configured."""
-    bill: Bill
-    """Those hours by accelerator, and what has no price."""
-    missing: tuple[str, ...]
-    """What could not be known, and why."""
 
 
 def plan_worlds(config: RunConfig) -> WorldPlan:
@@ -157,8 +143,6 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
         teachers=teachers,
         student=student,
         phases=phases,
-        hours=total_of([*bill.hours.values()]),
-        price=bill.price,
         bill=bill,
         missing=tuple(missing),
     )
