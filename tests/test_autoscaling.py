@@ -26,6 +26,7 @@ from test_reliability import (
     finish,
     free_port,
     losses,
+    own_folder,
     problem,
     trained,
     write_config,
@@ -98,13 +99,17 @@ def growing(tmp_path: Path) -> Iterator[Growing]:
     ]
     command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0"]
     command += [f"--autoscaling-config={file}", "--disable-usage-stats"]
-    environment = ENVIRONMENT | {
-        "RAY_FAKE_CLUSTER": "1",
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_enable_autoscaler_v2": "1",
-        "RAY_CLOUD_INSTANCE_ID": HEAD_NODE,
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE,
-    }
+    environment = (
+        ENVIRONMENT
+        | own_folder()
+        | {
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD_NODE,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE,
+        }
+    )
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     made = Growing(f"http://127.0.0.1:{dashboard}", f"{ip}:{port}", file)

@@ -30,10 +30,17 @@ pytestmark = pytest.mark.slow
 __all__ = ["head", "problem", "undisturbed"]
 
 
+def submission(head: str, config: Path, *options: str) -> list[str]:
+    """The command that submits a run. What changes below its folder is not sent: Ray hashes that twice."""
+    environment = config.with_name("environment.yaml")
+    environment.write_text("{working_dir: ., excludes: [/run, /cache, /job.txt, /head.log]}")
+    command = [sys.executable, str(ROOT / "cluster/submit.py"), "--address", head, *options]
+    return [*command, "--runtime-env", str(environment), "--", sys.executable, "-m", "raydistill.run", config.name]
+
+
 def submit(head: str, config: Path, *options: str) -> subprocess.Popen[str]:
     """The run as a job, followed by the submit script; its log is `job.txt` beside the configuration."""
-    command = [sys.executable, str(ROOT / "cluster/submit.py"), "--address", head, *options, "--"]
-    command += [sys.executable, "-m", "raydistill.run", config.name]
+    command = submission(head, config, *options)
     with config.with_name("job.txt").open("a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=ENVIRONMENT, cwd=config.parent)
 
@@ -93,8 +100,7 @@ def test_a_run_that_is_submitted_while_it_runs_is_refused_in_one_message_and_not
     config = write_config(problem, tmp_path)
     first = submit(head, config, "--id", "first")
     wait_for(lambda: len(list(tmp_path.glob("cache/toy-*/records/*.json"))) >= 1, first)
-    command = [sys.executable, str(ROOT / "cluster/submit.py"), "--address", head, "--id", "second", "--"]
-    command += [sys.executable, "-m", "raydistill.run", config.name]
+    command = submission(head, config, "--id", "second")
     second = subprocess.run(
         command, capture_output=True, text=True, env=ENVIRONMENT, cwd=config.parent, check=False, timeout=300
     )

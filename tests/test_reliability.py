@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -261,6 +262,14 @@ def answers(url: str) -> bool:
         return False
 
 
+def own_folder() -> dict[str, str]:
+    """The environment of a head that gets its own jobs: Ray sends them to the cluster last started in its folder.
+
+    Tests beside this one start others. The path is short, since Ray puts sockets below it.
+    """
+    return {"RAY_TMPDIR": tempfile.mkdtemp()}
+
+
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[str]:
     """A Ray head with a job server on ports of its own, as `ray start --head` makes it; its address."""
@@ -270,7 +279,9 @@ def head(tmp_path: Path) -> Iterator[str]:
     # The agent that takes jobs would listen on one fixed port, where another Ray of this machine may listen already.
     command += ["--dashboard-agent-listen-port=0", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     with (tmp_path / "head.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=ENVIRONMENT | own_folder(), start_new_session=True
+        )
     address = f"http://127.0.0.1:{dashboard}"
     try:
         deadline = time.monotonic() + 180
