@@ -10,6 +10,7 @@ never hears anything.
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import subprocess
 import sys
@@ -29,27 +30,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("cloud", choices=REMAINING)
     parser.add_argument("address", help="of the Ray head, host:port")
     options = parser.parse_args(arguments)
-    node = own_node(options.address)  # asked now, since thirty seconds are too few to start Python twice
+    while (node := own_node(options.address)) is None:  # now, since thirty seconds are too few to start Python twice
+        time.sleep(POLL_SECONDS)
     while not told(options.cloud):
         time.sleep(POLL_SECONDS)
+    deadline = time.monotonic() + REMAINING[options.cloud]
     print(f"{options.cloud} will take this node; draining {node}", flush=True)
     command = ["ray", "drain-node", "--address", options.address, "--node-id", node]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", f"{options.cloud} takes its spot node"]
-    command += ["--deadline-remaining-seconds", str(REMAINING[options.cloud])]
-    return subprocess.run(command, check=False).returncode
+    while (left := deadline - time.monotonic()) > 0:
+        status = subprocess.run([*command, "--deadline-remaining-seconds", str(int(left) + 1)], check=False).returncode
+        if status == 0:
+            return 0
+        time.sleep(1)
+    return 1
 
 
-def own_node(address: str) -> str:
-    """Ray's name of the node that this runs on. Another process asks, so that this one stays small."""
+def own_node(address: str) -> str | None:
+    """Ray's name of the node that this runs on; None while Ray does not say. Another process asks, so that this one
+    stays small."""
     command = [sys.executable, "-c", OWN_NODE, address]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    return done.stdout.split()[-1] if done.returncode == 0 else None
 
 
 def told(cloud: str) -> bool:
     """Whether the cloud has given notice; no answer is none."""
     try:
         return aws() if cloud == "aws" else gcp()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         print(f"{METADATA}: {error}", flush=True)
         return False
 

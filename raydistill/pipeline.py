@@ -20,7 +20,7 @@ from raydistill.cache.average import average_content
 from raydistill.cache.build import build_average, build_inputs, build_signal
 from raydistill.cache.calibration import calibration_rows
 from raydistill.cache.content import inputs_content, signal_content
-from raydistill.cache.ledger import Build, read_builds
+from raydistill.cache.ledger import Build, read_builds, require_seen
 from raydistill.cache.manifest import Manifest, fingerprint_of, parsed
 from raydistill.cache.open import require_episodes
 from raydistill.cache.read import open_manifest
@@ -46,7 +46,7 @@ from raydistill.plan.placement import place
 from raydistill.report import write_report
 from raydistill.signals import AVERAGE
 from raydistill.sources.buckets import buckets_of
-from raydistill.spending import builds_on_gpus, gpu_seconds, in_words, priced
+from raydistill.spending import builds_on_gpus, held, in_words, priced
 from raydistill.storage import Store
 from raydistill.train.launch import PhaseJob, train_phase
 from raydistill.train.online_worlds import is_online
@@ -82,14 +82,18 @@ class Run:
 
     def spent(self, stage: str, seconds: float, *, stopped: bool = False) -> None:
         """Add to the time that `stage` took over all the commands of this run, and to that of its GPUs."""
-        used, exact = gpu_seconds(self.config, stage, seconds, None if stopped else self._built(stage, seconds))
-        facts: dict[str, JsonValue] = {} if exact else {"gpu_at_most": True}
-        for key, more in {"seconds": seconds, "gpu_seconds": used}.items():
-            before = self.stages.get(stage, {}).get(key, 0.0)
-            assert isinstance(before, float | int)
-            if key == "seconds" or before + more > 0:
-                facts[key] = round(before + more, 2)
+        found = held(self.config, stage, seconds, None if stopped else self._built(stage, seconds))
+        more = {"gpu_seconds": found.students + found.teachers, "teacher_gpu_seconds": found.teachers}
+        facts: dict[str, JsonValue] = {"seconds": self._added(stage, "seconds", seconds)}
+        facts |= {key: self._added(stage, key, value) for key, value in more.items() if value > 0}
+        if "gpu_seconds" in facts and not found.exact:
+            facts["gpu_at_most"] = True
         self.record(stage, **facts)
+
+    def _added(self, stage: str, key: str, more: float) -> float:
+        before = self.stages.get(stage, {}).get(key, 0.0)
+        assert isinstance(before, float | int)
+        return round(before + more, 2)
 
     def _built(self, stage: str, seconds: float) -> list[Build]:
         """What `stage`, which took `seconds` and has just ended, added to its caches."""
@@ -101,7 +105,7 @@ class Run:
 
     def costs(self) -> dict[str, dict[str, JsonValue]]:
         """What is known of each stage that ran, with the price of its GPUs."""
-        return {stage: priced(self.config, stage, self.stages[stage]) for stage in STAGES if stage in self.stages}
+        return {stage: priced(self.config, self.stages[stage]) for stage in STAGES if stage in self.stages}
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` was finished on just this basis."""
@@ -260,6 +264,7 @@ def _init(run: Run, asked: bool) -> None:
     inputs = run.inputs[0] if isinstance(init, ProjectionInit) and init.calibration_rows else None
     if run.config.resources.train.gpus:  # the driver may stand on a small head, too small for what a student is made of
         on_train_hardware(run.config, _publish_student, run.config, run.store, inputs)
+        require_seen(run.store / "init", ["student.json"])
     else:
         _publish_student(run.config, run.store, inputs)
 

@@ -15,6 +15,8 @@ from toys import save_model, tiny_llama
 
 pytestmark = pytest.mark.slow
 STEPS = 600
+LONG = 6000
+"""Of a training that lasts longer than the minute after which Ray Train looks for more workers."""
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,9 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_config(problem: Path, folder: Path, workers: object, *, every_steps: int) -> Path:
+def write_config(problem: Path, folder: Path, workers: object, *, every_steps: int, steps: int = STEPS) -> Path:
     phase = tiny_config(problem).phases[0].model_dump(mode="json")
-    phase |= {"precision": "fp32", "steps": STEPS, "log_every": 10, "checkpoint": {"every_steps": every_steps}}
+    phase |= {"precision": "fp32", "steps": steps, "log_every": 10, "checkpoint": {"every_steps": every_steps}}
     config = tiny_config(
         problem,
         run_dir=str(folder / "run"),
@@ -117,3 +119,26 @@ def test_a_node_that_is_lost_without_a_word_costs_the_steps_since_the_last_check
     assert re.search(r"continuing after step \d+", log(tmp_path))
     same_losses(tmp_path, calm)
     assert samples(tmp_path) == samples(calm)
+
+
+@pytest.mark.fault(
+    "a node comes while an elastic training runs (1 worker, then 2)",
+    "saves, then goes on with more workers; every sample once; losses equal to 1e-5",
+)
+def test_a_training_that_may_have_more_workers_saves_before_it_grows(
+    problem: Path, tmp_path: Path, cluster: object
+) -> None:
+    steps = LONG
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    finish(write_config(problem, calm, 0, every_steps=steps, steps=steps))
+    process = start(write_config(problem, rough, [1, 2], every_steps=steps, steps=steps), RAY_ADDRESS=cluster.address)  # type: ignore[attr-defined]
+    wait_for(lambda: (rough / "run/metrics.jsonl").exists() and len(losses(rough)) > 5, process)
+    cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
+    wait_for(lambda: trained(rough) > 0, process)
+    saved = trained(rough)
+    assert 0 < saved < steps, "only the new node can have made this checkpoint"
+    assert process.wait(timeout=400) == 0, log(rough)[-3000:]
+    assert "there may be room for more workers; saving now" in log(rough)
+    assert f"continuing after step {saved}" in log(rough)
+    same_losses(rough, calm)
+    assert samples(rough) == samples(calm)

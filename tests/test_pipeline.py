@@ -15,6 +15,7 @@ import ray
 from toys import save_model, tiny_llama
 
 from raydistill import pipeline
+from raydistill.config.recipes import CausalConsistencyRecipe
 from raydistill.config.schema import RunConfig
 from raydistill.config.sources import ImagesSource
 from raydistill.errors import ConfigError, DataError, VerificationFailed
@@ -130,10 +131,12 @@ def test_time_of_gpus_is_that_of_all_the_gpus_a_stage_asked_for(tmp_path: Path) 
     )
     (tmp_path / "build.json").write_text(json.dumps([old, new]))
     this.signals = {"toy": (Store(tmp_path), None)}  # type: ignore[dict-item]
-    for stage in ("inputs", "signals", "verify", "train", "train", "evaluate"):
+    for stage in ("inputs", "signals", "verify", "init", "train", "train", "evaluate"):
         this.spent(stage, 10.0)
     found = {stage: facts.get("gpu_seconds") for stage, facts in this.stages.items()}
-    assert found == {"inputs": None, "signals": 9.0, "verify": 5.0, "train": 80.0, "evaluate": 10.0}
+    assert found == {"inputs": None, "signals": 9.0, "verify": 5.0, "init": 10.0, "train": 80.0, "evaluate": 10.0}
+    assert {stage for stage, facts in this.stages.items() if "gpu_at_most" in facts} == {"signals"}, "its pool may grow"
+    assert {stage for stage, facts in this.stages.items() if "teacher_gpu_seconds" in facts} == {"signals", "verify"}
 
 
 def test_inputs_that_models_encode_cost_the_time_of_their_gpus(tmp_path: Path) -> None:
@@ -145,6 +148,22 @@ def test_inputs_that_models_encode_cost_the_time_of_their_gpus(tmp_path: Path) -
     this.inputs = (Store(tmp_path), None)  # type: ignore[assignment]
     this.spent("inputs", 10.0)
     assert this.stages["inputs"]["gpu_seconds"] == 24.0
+    assert this.stages["inputs"]["gpu_at_most"], "the build's time is also that of reading the source"
+
+
+def test_teachers_that_answer_a_training_cost_too_and_at_their_own_price(tmp_path: Path) -> None:
+    resources = {
+        "train": {"workers": 2, "gpus": 1, "accelerator": "H100"},
+        "teacher": {"actors": [1, 8], "gpus": 1, "accelerator": "L40S"},
+    }
+    config = tiny_config(tmp_path, resources=resources, plan={"price_per_hour": {"H100": 4.0, "L40S": 1.0}})
+    recipe = CausalConsistencyRecipe(kind="causal_consistency", online="actors")
+    phase = config.phases[0].model_copy(update={"recipe": recipe})
+    this = pipeline.Run(config.model_copy(update={"phases": (phase,)}))
+    this.spent("train", 3600.0)
+    assert this.costs()["train"] == {
+        "seconds": 3600.0, "gpu_seconds": 4 * 3600.0, "teacher_gpu_seconds": 2 * 3600.0, "price": 2 * 4.0 + 2 * 1.0,
+    }  # fmt: skip
 
 
 def test_a_stage_that_is_stopped_has_cost_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +187,8 @@ def test_a_stage_that_is_stopped_has_cost_what_it_cost(tmp_path: Path, monkeypat
         used = cost.pop("gpu_seconds")
         assert isinstance(used, float)
         assert used == pytest.approx(most * seconds, abs=0.03)
-        assert cost == {"gpu_at_most": True, "unpriced": "H100"}
+        assert cost.pop("teacher_gpu_seconds", None) == (used if stage == "signals" else None)
+        assert cost == {"gpu_at_most": True, "unpriced": ["H100"]}
     this.store.publish("metrics.json", "{}")
     assert "GPU time: at most 0.00 h, without H100: no price given" in pipeline.summary(this)
 

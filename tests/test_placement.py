@@ -147,10 +147,10 @@ def test_stages_cost_what_their_own_accelerator_costs(tmp_path: Path) -> None:
     run = Run(priced)
     run.stages = {
         "inputs": {"seconds": 5.0},
-        "signals": {"seconds": 900.0, "gpu_seconds": 3600.0},
+        "signals": {"seconds": 900.0, "gpu_seconds": 3600.0, "teacher_gpu_seconds": 3600.0},
         "train": {"seconds": 900.0, "gpu_seconds": 1800.0},
     }
     assert [run.costs()[stage].get("price") for stage in ("inputs", "signals", "train")] == [None, 2.0, 2.0]
-    assert run.costs()["signals"] == {"seconds": 900.0, "gpu_seconds": 3600.0, "price": 2.0}
+    assert run.costs()["signals"] == {**run.stages["signals"], "price": 2.0}
     run.store.publish("metrics.json", "{}")
     assert "GPU time: 1.50 h, 4.00 at the given prices" in summary(run)

@@ -236,7 +236,7 @@ def test_gpu_time_and_money_are_told_by_stage_where_they_are_known() -> None:
 def test_what_is_an_upper_bound_or_has_no_price_is_said() -> None:
     found: dict[str, JsonValue] = {
         "signals": {"seconds": 600.0, "gpu_seconds": 4800.0, "gpu_at_most": True, "price": 2.5},
-        "train": {"seconds": 900.0, "gpu_seconds": 7200.0, "unpriced": "H100"},
+        "train": {"seconds": 900.0, "gpu_seconds": 7200.0, "unpriced": ["H100"]},
     }
     told = stages(found)
     assert told is not None

@@ -9,6 +9,7 @@ import pytest
 from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.plan import plan, table
+from raydistill.plan.accelerators import ACCELERATORS
 from raydistill.plan.images import ImagePlan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -17,10 +18,14 @@ LATENT = 16 * 21 * 60 * 104
 
 @pytest.fixture
 def costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImagePlan:
+    return planned(tmp_path, monkeypatch)
+
+
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> ImagePlan:
     monkeypatch.setenv("RAYDISTILL_HOME", str(CONFIGS.parent))
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(100)))
     files = [CONFIGS / "video_self_forcing.yaml", CONFIGS / "size/wan_1_3b_architecture.yaml"]
-    settings = [f"source.paths=[{tmp_path}/prompts.txt]", f"run_dir={tmp_path}/run"]
+    settings = [f"source.paths=[{tmp_path}/prompts.txt]", f"run_dir={tmp_path}/run", *overrides]
     found = plan(resolve_paths(load_config([str(file) for file in files], settings)))
     assert isinstance(found, ImagePlan)
     return found
@@ -54,3 +59,19 @@ def test_a_phase_costs_what_its_players_do(costs: ImagePlan) -> None:
     assert kd.memory is not None
     assert forcing.memory[0].weights == 3 * kd.memory[0].weights  # student, critic and real score
     assert "Videos" in table(costs)
+
+
+def test_a_score_that_actors_tell_is_counted_on_their_accelerator(
+    costs: ImagePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = ["resources.teacher={gpus: 1, accelerator: L40S}", "resources.train={workers: 2, gpus: 1}"]
+    kd, found = planned(tmp_path, monkeypatch, "phases.1.recipe.online=actors", *resources).phases
+    forward, flops, draws = costs.student_forward_flops, found.flops_per_draw, found.draws
+    assert forward is not None
+    assert flops is not None
+    assert draws is not None
+    answered = 2 * forward / 5  # with guidance, in the student's turn alone
+    assert flops == costs.phases[1].flops_per_draw
+    assert found.actor_hours == pytest.approx(draws * answered / (0.4 * ACCELERATORS["L40S"].flops) / 3600)
+    assert found.hours == pytest.approx(draws * (flops - answered) / (0.4 * ACCELERATORS["H100"].flops) / 3600)
+    assert (kd.actor_hours, costs.phases[1].actor_hours) == (0, 0)

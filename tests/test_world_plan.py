@@ -21,6 +21,7 @@ from raydistill.config.load import load_config
 from raydistill.config.paths import resolve_paths
 from raydistill.plan import plan, table
 from raydistill.plan.worlds import WorldPlan, count_world, signal_bytes
+from raydistill.search.accounting import work_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,6 +96,22 @@ def test_the_plan_has_what_chooses_between_keeping_keeping_less_and_asking(tmp_p
     assert memory[1] is not None
     assert memory[1].device - memory[0].device == local.weight_bytes
     assert memory[2] == memory[0]
+    alone = plan(run_config(tmp_path, source=source, teachers=[section], evaluate={"baseline": False}))
+    assert isinstance(alone, WorldPlan)
+    assert (alone.baseline_hours, local.flops_per_clip) == (0, kept.flops_per_clip)
+    assert (plans["actors"].hours or 0) - (alone.hours or 0) == pytest.approx(alone.phases[0].hours)
     text = table(plans["actors"])
     for words in ("per clip with store_dtype: float16", "local:", "in each of 1 workers", "at most", "asked online"):
         assert words in text
+
+
+def test_a_sweep_counts_clips(tmp_path: Path) -> None:
+    teacher_folder(tmp_path / "teacher")
+    game = {"id": "crafter", "episodes": 10, "steps": 8}
+    source = {"kind": "episodes", "environment": game, "frame_size": [12, 12], "num_actions": 5, "clip_frames": 5}
+    config = run_config(tmp_path, source=source)
+    found = work_of(config)
+    teacher, student = (count_world(sizes, 5).clip_flops for sizes in (TEACHER, SIZES))
+    assert (found.teachers, found.cached) == (teacher, 20)
+    assert found.students == (3 * student,)
+    assert found.units == (config.phases[0].batch.global_size,)

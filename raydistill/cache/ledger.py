@@ -203,9 +203,8 @@ def _unseen(missing: Callable[[], list[str]]) -> list[str]:
 
 def _not_shared(found: str) -> ConfigError:
     return ConfigError(
-        f"cache.dir: wanted one folder that all nodes of the cluster see, found {found}. "
-        "Point cache.dir (and run_dir) at a file system that all nodes share, or at an object store, and run "
-        "the same command again."
+        f"run_dir, cache.dir: wanted folders that all nodes of the cluster see, found {found}. "
+        "Point both at a file system that all nodes share, or at an object store, and run the same command again."
     )
 
 

@@ -14,7 +14,14 @@ import torch
 from raydistill.cache.dense import LATENT_SHAPE, dense_name, row_sha, write_dense
 from raydistill.cache.image_encode import encoded_text, require_finite, text_fields
 from raydistill.cache.image_index import SPLITS, ShardPlan, publish_plan, read_plan
-from raydistill.cache.ledger import Ledger, changed_hashes, is_described, read_description, write_description
+from raydistill.cache.ledger import (
+    Ledger,
+    changed_hashes,
+    is_described,
+    read_description,
+    require_begun,
+    write_description,
+)
 from raydistill.cache.manifest import Manifest
 from raydistill.cache.pool import map_shards, require_teachers
 from raydistill.cache.shards import field_records, publish_record, read_records
@@ -47,6 +54,7 @@ class PromptWorker:
     def __init__(self, source: PromptsSource, staging: str, store: str, threads: int, tally: Any):
         self._source, self._threads, self._tally = source, threads, tally
         self._staging, self._store = Store(staging), Store(store)
+        require_begun(self._store)
         torch.set_num_threads(threads)  # Ray's OMP_NUM_THREADS does not bind a model that sets its own
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._texts = TextEncoders(source.text_encoders, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ KNOWN = (
     "TPU-V6E", "TPU-V7X", "V100",
 )  # fmt: skip
 """Ray's names (`ray.util.accelerators`); the configuration does without Ray."""
+OTHERS = ("A2", "A10", "A16", "A30", "A40", "A800", "GH200", "H800", "L40", "RTX-A4000", "RTX-A5000", "RTX-A6000")
+"""More that Ray makes of what `nvidia-smi` says, near enough to the first to be taken for a slip."""
+NEAR = 0.75
+"""Names that are as alike as this are taken for each other's misspelling (`difflib`: twice the common characters)."""
 
 
 def without_price(names: Collection[str]) -> str:
@@ -29,28 +33,34 @@ def without_price(names: Collection[str]) -> str:
     return f"without {' and '.join(names)}: no price given" if names else ""
 
 
-def unknown_accelerators(config: RunConfig) -> Iterator[str]:
-    """A line for each accelerator, asked for or priced, that nobody knows.
+def misspelt_accelerators(config: RunConfig) -> Iterator[str]:
+    """A line for each accelerator, asked for or priced, that looks like another one's name misspelt.
 
-    A cluster may give its nodes names of its own. With its file, they are looked up there, together with all else that
-    the stages ask for.
+    Ray takes names from drivers, and clusters may give names of their own, so what is merely unknown is looked up among
+    the nodes, or in the cluster's file, together with all else that the stages ask for. With that file, nothing is
+    said here.
     """
-    resources = config.resources
+    resources, prices = config.resources, config.plan.price_per_hour
+    if resources.cluster is not None or os.environ.get("RAYDISTILL_CLUSTER"):
+        return
     asked = {"teacher": resources.teacher.accelerator, "train": resources.train.accelerator}
-    if resources.cluster is None and not os.environ.get("RAYDISTILL_CLUSTER"):
-        own = "; for a name of your cluster's own, name its file: resources.cluster"
-        for part, name in asked.items():
-            if name is not None and name not in KNOWN:
-                yield f"resources.{part}.accelerator: {_wanted(name, KNOWN)}{own}."
-    prices = config.plan.price_per_hour
-    known = (*KNOWN, *filter(None, asked.values()))
+    for part, name in asked.items():
+        if name is not None and (nearest := _meant(name, KNOWN)):
+            own = "for a name of your cluster's own, name its file: resources.cluster"
+            yield f"resources.{part}.accelerator: {_wanted(name, nearest)}; {own}."
     for name in prices if isinstance(prices, dict) else ():
-        if name not in known:
-            yield f"plan.price_per_hour: {_wanted(name, known)}."
+        if name not in asked.values() and (nearest := _meant(name, [*filter(None, asked.values()), *KNOWN])):
+            yield f"plan.price_per_hour: {_wanted(name, nearest)}."
 
 
-def _wanted(name: str, known: Collection[str]) -> str:
+def _meant(name: str, known: Sequence[str]) -> str | None:
+    """The one of `known` that `name` is not, but nearly."""
+    if name in known or name in OTHERS:
+        return None
     by_small = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(name.lower(), by_small, n=1)
-    nearest = f"; nearest: {by_small[near[0]]}" if near else ""
-    return f"wanted Ray's name of an accelerator (L40S, H100, …), found {name!r}{nearest}"
+    near = difflib.get_close_matches(name.lower(), by_small, n=1, cutoff=NEAR)
+    return by_small[near[0]] if near else None
+
+
+def _wanted(name: str, nearest: str) -> str:
+    return f"wanted Ray's name of an accelerator (L40S, H100, …), found {name!r}; nearest: {nearest}"

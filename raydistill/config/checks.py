@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pydantic import JsonValue
 
-from raydistill.config.accelerators import unknown_accelerators
+from raydistill.config.accelerators import misspelt_accelerators
 from raydistill.config.base import Config
 from raydistill.config.metrics import training_metrics
 from raydistill.config.models import DiffusersModel, ProjectionInit, PythonModel, TransformersModel
@@ -110,7 +110,7 @@ def problems(config: RunConfig) -> list[str]:
         *(p for i in range(len(config.phases)) for p in _phase(config, i)),
         *(p for i in range(len(config.phases)) for p in _recipe(config, i)),
         *_resources(config),
-        *unknown_accelerators(config),
+        *misspelt_accelerators(config),
         *_outcome(config),
     ]
 

@@ -57,15 +57,24 @@ Size: TypeAlias = tuple[float, float, str | None]
 
 
 def left_beside(types: Sequence[NodeType], count: int, size: Size, spare: Size) -> tuple[NodeType, ...]:
-    """The nodes, one by one, less `count` actors of `size`, which stand where the fewest of `spare` would fit."""
+    """The nodes, one by one, less `count` actors of `size`, each where it takes the place of the fewest of `spare`."""
     cpus, gpus, _ = size
-    nodes = [dict(kind.resources) for kind in types for _ in range(kind.most)]
-    for node in sorted(nodes, key=lambda node: places(node, *spare)):
-        taken = min(count, places(node, *size))
-        count -= taken
-        whole = math.ceil(taken / int(1 / gpus + 1e-6)) if 0 < gpus < 1 else taken * gpus
-        node["CPU"], node["GPU"] = node.get("CPU", 0) - taken * cpus, node.get("GPU", 0) - whole
-    return tuple(NodeType("", node, 1) for node in nodes)
+    nodes = [kind.resources for kind in types for _ in range(kind.most)]
+    stand = [0] * len(nodes)
+
+    def left(index: int, actors: int) -> dict[str, float]:
+        node = nodes[index]
+        held = math.ceil(actors / int(1 / gpus + 1e-6)) if 0 < gpus < 1 else actors * gpus
+        return {**node, "CPU": node.get("CPU", 0) - actors * cpus, "GPU": node.get("GPU", 0) - held}
+
+    def lost(index: int) -> int:
+        return places(left(index, stand[index]), *spare) - places(left(index, stand[index] + 1), *spare)
+
+    for _ in range(count):
+        free = [index for index, node in enumerate(nodes) if stand[index] < places(node, *size)]
+        if free:  # what has no room at all is told elsewhere
+            stand[min(free, key=lost)] += 1
+    return tuple(NodeType("", left(index, actors), 1) for index, actors in enumerate(stand))
 
 
 def require_places(

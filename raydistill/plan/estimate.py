@@ -13,7 +13,7 @@ from raydistill.errors import RaydistillError
 from raydistill.models.counts import Counts, count, empty_student
 from raydistill.models.load import empty_language_model
 from raydistill.models.projection.forecast import Row
-from raydistill.plan.hardware import AnyPlan, bill_of, hardware_of, hours_at, total_of
+from raydistill.plan.hardware import AnyPlan, baseline_hours, bill_of, hardware_of, hours_at, total_of
 from raydistill.plan.inputs import CachePlan, InputsPlan, plan_cache, plan_inputs
 from raydistill.plan.projection import ProjectionPlan, plan_projection
 from raydistill.train.parameters import parameter_groups
@@ -150,7 +150,7 @@ def plan_text(config: RunConfig) -> Plan:
     read = _bytes_read(inputs, teachers, config)
     phases = tuple(_phase(p, config, inputs, student, length, trained, fewest, read) for p in config.phases)
     training = total_of([p.hours for p in phases])
-    baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
+    baseline = baseline_hours(config, training)
     bill = bill_of(
         config, *((hardware.teacher, t.hours) for t in teachers), (hardware.train, training), (hardware.train, baseline)
     )

@@ -95,6 +95,17 @@ def bill_of(config: RunConfig, *parts: tuple[str, float | None]) -> Bill:
     return Bill(hours=hours, price=None if unpriced and not costs else total_of([*costs]), unpriced=unpriced)
 
 
+def baseline_hours(config: RunConfig, training: float | None) -> float | None:
+    """Hours of the second training, without a teacher, where there is one; its phases take as long as the first's."""
+    return training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
+
+
+def total_lines(plan: AnyPlan, baseline: float | None, left_out: str) -> list[tuple[str, str]]:
+    """The end of a plan, for a terminal; `left_out` says what it does not count."""
+    lines = [("baseline", f"{hours_of(baseline, plan.hardware.train)} (the same student without a teacher)")]
+    return [*(lines if baseline != 0 else []), *bill_lines(plan.bill), ("", f"({left_out})")]
+
+
 def hardware_lines(hardware: Hardware) -> list[tuple[str, str]]:
     """What hours are counted on, for a terminal."""
     if hardware.teacher == hardware.train:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raydistill.plan.hardware import bill_lines, hardware_lines
+from raydistill.plan.hardware import hardware_lines, total_lines
 from raydistill.plan.images import DenoiserPlan, ImagePhasePlan, ImagePlan
 from raydistill.plan.projection import projection_lines
 from raydistill.plan.words import UNKNOWN, Section, block, bytes_of, hours_of, si, too_big
@@ -85,6 +85,7 @@ def _phase(phase: ImagePhasePlan, plan: ImagePlan) -> Section:
         ("trained", f"{si(phase.trained_parameters)} parameters"),
         ("training", f"{si(phase.flops_per_draw, 'FLOP')}/draw, {si(phase.flops, 'FLOP')} in all"),
         ("time", hours_of(phase.hours, plan.hardware.train)),
+        *([("actors", hours_of(phase.actor_hours, plan.hardware.teacher))] if phase.actor_hours != 0 else []),
         *_memory(phase, plan),
     ]
     if phase.bytes_per_second is not None:
@@ -120,12 +121,9 @@ def _memory(phase: ImagePhasePlan, plan: ImagePlan) -> list[tuple[str, str]]:
 
 
 def _total(plan: ImagePlan) -> Section:
-    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.hardware.train)} (the same student without a teacher)")]
-    if plan.baseline_hours == 0:
-        lines = []
-    lines += bill_lines(plan.bill)
-    lines.append(("", "(encoding of the inputs, verification and evaluation are not counted)"))
-    return "Total", lines
+    return "Total", total_lines(
+        plan, plan.baseline_hours, "encoding of the inputs, verification and evaluation are not counted"
+    )
 
 
 def _break_even(plan: ImagePlan) -> Section:

@@ -20,7 +20,7 @@ from raydistill.models.denoiser import empty_denoiser, process_of, scheduler_con
 from raydistill.models.denoiser_counts import DenoiserCounts, count_denoiser, empty_denoiser_student
 from raydistill.models.projection.forecast import Row
 from raydistill.plan.estimate import ENOUGH, BreakEven, MemoryPlan, break_even, memory_of
-from raydistill.plan.hardware import AnyPlan, bill_of, hardware_of, hours_at, total_of
+from raydistill.plan.hardware import AnyPlan, Hardware, baseline_hours, bill_of, hardware_of, hours_at, total_of
 from raydistill.plan.image_inputs import (
     BYTES,
     DRAW_BYTES,
@@ -32,7 +32,7 @@ from raydistill.plan.image_inputs import (
     plan_image_inputs,
 )
 from raydistill.plan.projection import ProjectionPlan, plan_projection
-from raydistill.plan.rollouts import players_beside, training_flops
+from raydistill.plan.rollouts import answered_flops, players_beside, training_flops
 from raydistill.teachers.ode_trajectory import make_sampler
 from raydistill.train.parameters import parameter_groups
 
@@ -82,6 +82,8 @@ class ImagePhasePlan(Config):
     """FLOP of the phase."""
     hours: float | None
     """Accelerator hours of the phase, over all workers."""
+    actor_hours: float | None
+    """Those of a teacher that answers from actors; 0 where it is asked in the workers."""
     memory: dict[int, MemoryPlan] | None
     """Memory of one worker by ZeRO stage, offloading as configured where the stage allows it."""
     draws_per_second: float | None
@@ -121,7 +123,7 @@ def plan_images(config: RunConfig) -> ImagePlan:
     """The cost of `config`, whose paths are resolved. Runs nothing; what cannot be known is None and in `missing`."""
     missing: list[str] = []
     hardware = hardware_of(config, missing)
-    asked, trained = hardware.rate(hardware.teacher), hardware.rate(hardware.train)
+    asked = hardware.rate(hardware.teacher)
     shape = image_shape(config, missing)
     inputs, manifest = plan_image_inputs(config, shape, missing)
     counts = _Counts(shape)
@@ -136,13 +138,14 @@ def plan_images(config: RunConfig) -> ImagePlan:
     student = _student(config, counts, missing)
     read = _bytes_read(config, shape, inputs, teachers, average)
     phases = tuple(
-        _phase(p, config, inputs, student, _asked(p, config, counts, missing), trained, fewest, read)
+        _phase(p, config, inputs, student, _asked(p, config, counts, missing), hardware, fewest, read)
         for p in config.phases
     )
     training = total_of([p.hours for p in phases])
-    baseline = training if config.evaluate.baseline and any(p.recipe.uses_teacher for p in config.phases) else 0.0
+    baseline = baseline_hours(config, training)
+    by_teachers = [*(t.hours for t in teachers), *(p.actor_hours for p in phases)]
     bill = bill_of(
-        config, *((hardware.teacher, t.hours) for t in teachers), (hardware.train, training), (hardware.train, baseline)
+        config, (hardware.teacher, total_of(by_teachers)), (hardware.train, training), (hardware.train, baseline)
     )
     return ImagePlan(
         name=config.name,
@@ -270,7 +273,7 @@ def _asked(phase: PhaseConfig, config: RunConfig, counted: _Counts, missing: lis
 
 def _phase(
     phase: PhaseConfig, config: RunConfig, inputs: ImageInputsPlan | None,
-    student: DenoiserCounts | None, asked: DenoiserCounts | None, rate: float | None, workers: int, read: float | None,
+    student: DenoiserCounts | None, asked: DenoiserCounts | None, hardware: Hardware, workers: int, read: float | None,
 ) -> ImagePhasePlan:  # fmt: skip
     steps, draws = phase.steps, None
     if phase.steps is not None:
@@ -278,11 +281,14 @@ def _phase(
     elif inputs is not None and phase.epochs is not None:
         draws = phase.epochs * inputs.train_rows * config.latents.noise.draws_per_row
         steps = math.ceil(draws / phase.batch.global_size)
+    rate = hardware.rate(hardware.train)
     per_draw = speed = trained = memory = None
+    answered = 0.0
     if student is not None:
         trained = _trained(phase, config) if phase.trainable else student.trained_parameters
         per_draw = training_flops(phase.recipe, config, student, asked)
-        speed = workers * rate / per_draw if rate is not None else None
+        answered = answered_flops(phase.recipe, student, asked)
+        speed = workers * rate / (per_draw - answered) if rate is not None else None
         more, more_trained = players_beside(phase.recipe, asked or student)
         sizes = student.parameters + more, trained + more_trained
         memory = {stage: _memory(*sizes, phase, stage, workers) for stage in STAGES}
@@ -295,7 +301,8 @@ def _phase(
         trained_parameters=trained,
         flops_per_draw=per_draw,
         flops=flops,
-        hours=hours_at(flops, rate),
+        hours=None if flops is None or draws is None else hours_at(flops - answered * draws, rate),
+        actor_hours=hours_at(answered * draws if draws is not None else None, hardware.rate(hardware.teacher)),
         memory=memory,
         draws_per_second=speed,
         bytes_per_second=speed * read if speed is not None and read is not None and phase.recipe.uses_teacher else None,

@@ -37,6 +37,18 @@ def training_flops(
             return own
 
 
+def answered_flops(recipe: RecipeConfig, student: DenoiserCounts, teacher: DenoiserCounts | None) -> float:
+    """The part of `training_flops` that actors of the teacher do; 0 where it is asked in the training workers."""
+    asked = teacher or student
+    match recipe:
+        case CausalConsistencyRecipe(online="actors"):
+            return _passes(recipe.guidance_scale) * asked.forward
+        case SelfForcingRecipe(online="actors"):
+            return _passes(recipe.guidance_scale) * asked.forward / (1 + recipe.critic_updates)
+        case _:
+            return 0.0
+
+
 def _self_forcing(
     recipe: SelfForcingRecipe, config: RunConfig, student: DenoiserCounts, real: DenoiserCounts, own: float
 ) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raydistill.plan.estimate import PhasePlan, Plan, TeacherPlan
-from raydistill.plan.hardware import bill_lines, hardware_lines
+from raydistill.plan.hardware import hardware_lines, total_lines
 from raydistill.plan.projection import projection_lines
 from raydistill.plan.words import UNKNOWN, Section, block, bytes_of, hours_of, si, too_big
 
@@ -100,12 +100,7 @@ def _phase(phase: PhasePlan, plan: Plan) -> Section:
 
 
 def _total(plan: Plan) -> Section:
-    lines = [("baseline", f"{hours_of(plan.baseline_hours, plan.hardware.train)} (the same student without a teacher)")]
-    if plan.baseline_hours == 0:
-        lines = []
-    lines += bill_lines(plan.bill)
-    lines.append(("", "(verification and evaluation are not counted)"))
-    return "Total", lines
+    return "Total", total_lines(plan, plan.baseline_hours, "verification and evaluation are not counted")
 
 
 def _break_even(plan: Plan) -> Section:

@@ -21,11 +21,12 @@ from raydistill.plan.estimate import MemoryPlan, memory_of
 from raydistill.plan.hardware import (
     AnyPlan,
     Hardware,
-    bill_lines,
+    baseline_hours,
     bill_of,
     hardware_lines,
     hardware_of,
     hours_at,
+    total_lines,
     total_of,
 )
 from raydistill.plan.words import UNKNOWN, Section, block, bytes_of, hours_of, si, too_big
@@ -64,6 +65,8 @@ class WorldTeacherPlan(Config):
     """Bytes that its signal keeps of a clip."""
     total_bytes: float | None
     """Bytes of the whole signal; 0 for a teacher that is asked online."""
+    flops_per_clip: float | None
+    """FLOP of asking it about one clip."""
     hours: float | None
     """Accelerator hours of asking it about every clip once, or, online, in every step."""
     accelerator: str
@@ -89,6 +92,8 @@ class WorldPhasePlan(Config):
     """Clips trained on."""
     trained_parameters: int | None
     """Numbers that are trained."""
+    flops_per_clip: float | None
+    """FLOP of a training step on one clip."""
     hours: float | None
     """Accelerator hours."""
     memory: MemoryPlan | None
@@ -108,6 +113,8 @@ class WorldPlan(AnyPlan):
     """The student."""
     phases: tuple[WorldPhasePlan, ...]
     """Phases."""
+    baseline_hours: float | None
+    """Accelerator hours of training the same student without a teacher; 0 when that is not asked for."""
 
 
 def plan_worlds(config: RunConfig) -> WorldPlan:
@@ -132,7 +139,11 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
         _phase(phase, config, student, n, trained, fewest, beside if phase.recipe.uses_teacher else 0.0)
         for n, phase in zip(seen, config.phases, strict=True)
     )
-    bill = bill_of(config, *((t.accelerator, t.hours) for t in teachers), *((hardware.train, p.hours) for p in phases))
+    training = total_of([p.hours for p in phases])
+    baseline = baseline_hours(config, training)
+    bill = bill_of(
+        config, *((t.accelerator, t.hours) for t in teachers), (hardware.train, training), (hardware.train, baseline)
+    )
     frame = 3 * source.frame_size[0] * source.frame_size[1]
     return WorldPlan(
         name=config.name,
@@ -143,6 +154,7 @@ def plan_worlds(config: RunConfig) -> WorldPlan:
         teachers=teachers,
         student=student,
         phases=phases,
+        baseline_hours=baseline,
         bill=bill,
         missing=tuple(missing),
     )
@@ -201,7 +213,7 @@ def _teacher(
     smaller: dict[str, float] = {}
     sent = None
     counts = _counted(f"teacher {teacher.name}", teacher.model, source, missing)
-    per_clip_bytes = hours = other = None
+    per_clip_bytes = hours = other = flops = None
     if counts is not None and isinstance(teacher.model, WorldModel):
         sizes = world_sizes(teacher.model)
         per_clip_bytes = float(signal_bytes(teacher, sizes, source.clip_frames))
@@ -221,6 +233,7 @@ def _teacher(
         weight_bytes=None if counts is None else counts.parameters * BYTES[teacher.model.dtype],
         clip_bytes=per_clip_bytes,
         total_bytes=total,
+        flops_per_clip=flops,
         hours=hours,
         other_hours=None if teacher.signal == "rollout" else other,
         accelerator=accelerator,
@@ -288,7 +301,7 @@ def _phase(
     steps = phase.steps
     if steps is None and seen is not None:
         steps = -(-int(seen) // phase.batch.global_size)
-    trained = memory = hours = None
+    trained = memory = hours = flops = None
     if student is not None:
         assert isinstance(config.student.model, WorldModel)
         network = empty_world(world_sizes(config.student.model))
@@ -298,10 +311,12 @@ def _phase(
         memory = memory_of(student.parameters, trained, phase, workers)
         memory = memory.model_copy(update={"device": memory.device + beside})
         passes = 1 + BACKWARD + (1 if config.student.gradient_checkpointing else 0)
-        hours = None if seen is None else hours_at(passes * student.clip_flops * seen, rate)
+        flops = passes * student.clip_flops
+        hours = None if seen is None else hours_at(flops * seen, rate)
     return WorldPhasePlan(
-        name=phase.name, steps=steps, clips=seen, trained_parameters=trained, hours=hours, memory=memory
-    )
+        name=phase.name, steps=steps, clips=seen, trained_parameters=trained, flops_per_clip=flops, hours=hours,
+        memory=memory,
+    )  # fmt: skip
 
 
 def _local_bytes(teachers: tuple[WorldTeacherPlan, ...]) -> float:
@@ -319,7 +334,7 @@ def world_table(plan: WorldPlan) -> str:
         *(_teacher_lines(teacher, plan) for teacher in plan.teachers),
         _student_lines(plan),
         *(_phase_lines(phase, plan) for phase in plan.phases),
-        ("Total", bill_lines(plan.bill)),
+        ("Total", total_lines(plan, plan.baseline_hours, "verification and evaluation are not counted")),
         ("Not known", [("", reason) for reason in plan.missing]),
     ]
     return "\n\n".join(block(title, lines) for title, lines in sections if lines)

@@ -295,7 +295,7 @@ def stages(found: Json) -> Stages | None:
     price_total = sum(v for v in prices.values() if v)
     most = {name: "at most " if section(facts).get("gpu_at_most") else "" for name, facts in found.items()}
     most_total = max(most.values())
-    left_out = sorted({str(section(facts)["unpriced"]) for facts in found.values() if "unpriced" in section(facts)})
+    left_out = sorted({str(name) for facts in found.values() for name in _list(section(facts).get("unpriced"))})
     rows = [(name, duration(known[name]), *_cost(gpu[name], prices[name], most[name])) for name in known]
     rows.append(("all", duration(sum(known.values())), *_cost(gpu_total, price_total or None, most_total)))
     return Stages(
@@ -306,6 +306,10 @@ def stages(found: Json) -> Stages | None:
         without_price(left_out),
         tuple(rows) if gpu_total else (),
     )
+
+
+def _list(value: JsonValue) -> list[JsonValue]:
+    return value if isinstance(value, list) else []
 
 
 def _cost(gpu_seconds: float | None, price: float | None, most: str) -> tuple[str, str]:

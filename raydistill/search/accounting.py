@@ -13,15 +13,17 @@ from pydantic import JsonValue
 
 from raydistill.cache.ledger import read_builds
 from raydistill.config.schema import RunConfig
-from raydistill.config.sources import TextSource
 from raydistill.pipeline import Run
-from raydistill.plan import ImagePlan, Plan, plan
+from raydistill.plan import ImagePlan, Plan, WorldPlan, plan
 from raydistill.search.results import Result
+
+UNITS = {"text": "token", "episodes": "clip"}
+"""What teachers and students are counted in, by the kind of the source; draws of noise otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one configuration costs per unit (a token, or a draw of noise of an image); None where it is not known."""
+    """What one configuration costs per unit (a token, a draw of noise, a clip); None where it is not known."""
 
     teachers: float | None
     """FLOP of all teachers' forward passes on one unit."""
@@ -41,8 +43,13 @@ def work_of(config: RunConfig) -> Work:
         students = tuple(p.flops_per_token for p in found.phases)
         totals = [(p.tokens, p.steps) for p in found.phases]
         cached = None if found.inputs is None else float(found.inputs.tokens)
+    elif isinstance(found, WorldPlan):
+        per_unit = [t.flops_per_clip for t in found.teachers]
+        students = tuple(p.flops_per_clip for p in found.phases)
+        totals = [(p.clips, p.steps) for p in found.phases]
+        cached = None if found.clips is None else float(found.clips)
     else:
-        assert isinstance(found, ImagePlan), "there are two kinds of plan"
+        assert isinstance(found, ImagePlan), "there are three kinds of plan"
         per_unit = [t.flops_per_draw for t in found.teachers]
         students = tuple(p.flops_per_draw for p in found.phases)
         totals = [(p.draws, p.steps) for p in found.phases]
@@ -79,7 +86,7 @@ def account(
     units = _sum([_online_units(costs, config, result) for costs, config, result in trials])
     per_unit = teacher_seconds / cached_units if cached_units and teacher_seconds else None
     return {
-        "unit": "token" if isinstance(runs[0].config.source, TextSource) else "draw",
+        "unit": UNITS.get(runs[0].config.source.kind, "draw"),
         "trials": len(results),
         "teacher_builds": len(builds),
         "teacher_shards": sum(len(build.shards) for build in builds),

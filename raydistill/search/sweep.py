@@ -229,7 +229,10 @@ class _Sweep:
         folder = self.ledger.folder(best.record.number)
         own = read_config(folder)
         config = own.model_copy(update={"evaluate": self.run.config.evaluate})
-        advance(begin(config, AS_ORDINARY), AS_ORDINARY)
+        run = begin(config, AS_ORDINARY)
+        if "train" not in run.stages:  # the trial was trained by Ray Tune, and not as a stage
+            run.spent("train", best.outcome.seconds)
+        advance(run, AS_ORDINARY)
         write_config(folder, own)
         _copy_folder(folder / "export", self.run.store / "export")
         for name in SHOWN:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from raydistill.config.schema import TrainResources
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.memory import free_circles, keep_freed_memory
-from raydistill.progress import say
 from raydistill.train.checkpoint import Checkpoints, Progressed
 from raydistill.train.evaluation import (
     Report,
@@ -31,6 +28,7 @@ from raydistill.train.final import publish_final, write_weights
 from raydistill.train.job import FINAL, PhaseJob, PhaseResult, finished
 from raydistill.train.loop import train
 from raydistill.train.metrics import Metrics, require_trackers
+from raydistill.train.notices import Notices
 from raydistill.train.online import score_pool
 from raydistill.train.online_worlds import world_pools
 from raydistill.train.prepare import prepare
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["PhaseJob", "PhaseResult", "train_phase"]
 POLL_SECONDS = 1.0
 SILENT_WORKER_SECONDS = 1800
-NOTICE_SECONDS = 5.0
-"""Between two questions whether a node is to be taken away; clouds say so 30 to 120 seconds before."""
 
 
 def train_phase(
@@ -203,36 +199,9 @@ def _ray_worker(config: dict[str, Any]) -> Progressed:
 
     end = board.tell(config["board"])
     try:
-        return run_worker(job, tell, _Notices(job))
+        return run_worker(job, tell, Notices(job))
     finally:
         end()
-
-
-class _Notices:
-    """Whether a node that carries a worker has been told, since this was last asked, that it will be taken away.
-
-    The workers ask Ray Train together, which makes them wait for each other; so they do when rank 0's clock says so.
-    """
-
-    def __init__(self, job: PhaseJob):
-        self._job, self._asked = job, time.monotonic()
-        self._known: set[str] = set()
-        self._device = "cuda" if job.config.resources.train.gpus else "cpu"
-
-    def __call__(self) -> bool:
-        import ray.train
-
-        due = torch.tensor([time.monotonic() - self._asked > NOTICE_SECONDS], device=self._device, dtype=torch.int32)
-        dist.broadcast(due, src=0)
-        if not due:
-            return False
-        self._asked = time.monotonic()
-        info = ray.train.get_preemption_info()
-        new = set(info.preempted_node_ids) - self._known if info is not None else set()
-        self._known |= new
-        if new and dist.get_rank() == 0:
-            say(f"phase {self._job.phase.name}: {len(new)} node(s) will be taken away; saving now")
-        return bool(new)
 
 
 def _raise_own(error: object) -> None:

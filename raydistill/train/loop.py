@@ -17,7 +17,7 @@ def train(prepared: Prepared, report: Report, leaving: Callable[[], bool] = lamb
     """Train a phase from where it stands to its end, all ranks together; returns how far it came.
 
     `report` is called on every rank after each logged step and each evaluation. `leaving` is asked on every rank after
-    each logged step, with one answer for all: whether to save at once, since a machine was told that it must go.
+    each step, with one answer for all: whether to save at once, since the workers will soon be replaced.
     Raises `TrainingDiverged` when the loss is no number or explodes.
     """
     job, phase, rank = prepared.job, prepared.job.phase, prepared.rank
@@ -57,6 +57,8 @@ def train(prepared: Prepared, report: Report, leaving: Callable[[], bool] = lamb
                 if metrics is not None:
                     metrics.flush()
                 prepared.save(done, guards["student"].losses)
+                if warned:
+                    prepared.checkpoints.settle()
                 saved = done.step
                 meter.pause()
     prepared.checkpoints.settle()

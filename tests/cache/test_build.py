@@ -284,7 +284,7 @@ def test_a_folder_that_nodes_do_not_share_is_named(
     module, name = (text_inputs, "stage_unit") if kind == "inputs" else (top_k_signal, "publish_record")
     monkeypatch.setattr(module, name, on_another_node(getattr(module, name)))
     monkeypatch.setattr(ledger, "LISTING_SECONDS", 0)
-    with pytest.raises(ConfigError, match=r"cache.dir: wanted one folder that all nodes .* found (\d) of \1 files"):
+    with pytest.raises(ConfigError, match=r"cache.dir: wanted folders that all nodes .* found (\d) of \1 files"):
         build_all(config)
 
 
@@ -299,7 +299,7 @@ def test_a_teacher_that_does_not_see_what_the_driver_has_begun_is_not_loaded(
     def load(*_: object) -> Teacher:
         pytest.fail("loaded a teacher")
 
-    with pytest.raises(ConfigError, match=r"cache.dir: wanted one folder that all nodes .* found none of the driver's"):
+    with pytest.raises(ConfigError, match=r"cache.dir: wanted folders that all nodes .* found none of the driver's"):
         build_signal(config, config.teachers[0], built.inputs, built.inputs_manifest, caches, factory=load)
 
 

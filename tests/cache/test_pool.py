@@ -99,3 +99,12 @@ def test_workers_need_room_beside_the_teachers_that_answer_them(monkeypatch: pyt
         require_both(resources(8), 8)
     with pytest.raises(ConfigError, match=r"wanted 8 workers .* room for 7"):
         require_both(resources(8, accelerator="H100"), 1)
+
+
+def test_teachers_are_thought_to_stand_where_they_cost_the_fewest_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, {"CPU": 16, "GPU": 4}, {"CPU": 64, "GPU": 4})
+    teacher = {"cpus": 1, "actors": [8, 8]}
+    found = ResourcesConfig.model_validate({"teacher": teacher, "train": {"workers": 8, "gpus": 1, "cpus": 4}})
+    require_both(found, 48)
+    with pytest.raises(ConfigError, match="room for 7"):
+        require_both(found, 49)
