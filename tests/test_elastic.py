@@ -15,8 +15,8 @@ from toys import save_model, tiny_llama
 
 pytestmark = pytest.mark.slow
 STEPS = 600
-LONG = 6000
-"""Of a training that lasts longer than the minute after which Ray Train looks for more workers."""
+LONG = 1500
+"""Of a training that goes on when Ray Train has looked for more workers."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_config(problem: Path, folder: Path, workers: object, *, every_steps: int, steps: int = STEPS) -> Path:
+def write_config(
+    problem: Path, folder: Path, workers: object, *, every_steps: int, steps: int = STEPS, grow_seconds: float = 60
+) -> Path:
     phase = tiny_config(problem).phases[0].model_dump(mode="json")
     phase |= {"precision": "fp32", "steps": steps, "log_every": 10, "checkpoint": {"every_steps": every_steps}}
     config = tiny_config(
@@ -37,7 +39,7 @@ def write_config(problem: Path, folder: Path, workers: object, *, every_steps: i
         cache={"dir": str(problem / "cache")},
         phases=[phase],
         evaluate={"held_out": 0.1, "baseline": False, "sample_tokens": 2},
-        resources={"train": {"workers": workers, "cpus": 2}},
+        resources={"train": {"workers": workers, "cpus": 2, "grow_seconds": grow_seconds}},
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
@@ -131,7 +133,8 @@ def test_a_training_that_may_have_more_workers_saves_before_it_grows(
     steps = LONG
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     finish(write_config(problem, calm, 0, every_steps=steps, steps=steps))
-    process = start(write_config(problem, rough, [1, 2], every_steps=steps, steps=steps), RAY_ADDRESS=cluster.address)  # type: ignore[attr-defined]
+    config = write_config(problem, rough, [1, 2], every_steps=steps, steps=steps, grow_seconds=10)
+    process = start(config, RAY_ADDRESS=cluster.address)  # type: ignore[attr-defined]
     wait_for(lambda: (rough / "run/metrics.jsonl").exists() and len(losses(rough)) > 5, process)
     cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
     wait_for(lambda: trained(rough) > 0, process)

@@ -66,6 +66,9 @@ class TrainResources(Config):
     """GPUs per worker: 0 or 1."""
     accelerator: str | None = None
     """Accelerator type by Ray's name."""
+    grow_seconds: float = Field(default=60, gt=0)
+    """Seconds after which elastic training looks whether more workers find room; if so, all start again from a
+    checkpoint that was written for it."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures, since the last new checkpoint, after which the run gives up; -1 never does."""
 

@@ -139,6 +139,7 @@ def _with_workers(job: PhaseJob, callbacks: Sequence[UserCallback]) -> Progresse
                     use_gpu=resources.gpus > 0,
                     resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
                     accelerator_type=resources.accelerator,
+                    elastic_resize_monitor_interval_s=resources.grow_seconds,  # type: ignore[call-arg]
                 ),
                 run_config=RunConfig(
                     # Ray Train would take up an older run of the same name; checkpoints are ours.

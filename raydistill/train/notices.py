@@ -18,7 +18,7 @@ class Notices:
     """Asked by all ranks after each step: whether to save now.
 
     The workers ask Ray Train together, which makes them wait for each other; so they do when rank 0's clock says so.
-    Ray Train looks once a minute whether an elastic training can have more workers, and then replaces all of them.
+    Ray Train looks every `grow_seconds` whether an elastic training can have more, and then replaces all of them.
     """
 
     def __init__(self, job: PhaseJob):
