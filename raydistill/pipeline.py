@@ -85,7 +85,7 @@ class Run:
         found = held(self.config, stage, seconds, None if stopped else self._built(stage, seconds))
         more = {"gpu_seconds": found.students + found.teachers, "teacher_gpu_seconds": found.teachers}
         facts: dict[str, JsonValue] = {"seconds": self._added(stage, "seconds", seconds)}
-        facts |= {key: self._added(stage, key, value) for key, value in more.items() if value > 0}
+        facts |= {key: self._added(stage, key, value) for key, value in more.items() if round(value, 2) > 0}
         if "gpu_seconds" in facts and not found.exact:
             facts["gpu_at_most"] = True
         self.record(stage, **facts)

@@ -47,9 +47,8 @@ def held(config: RunConfig, stage: str, seconds: float, builds: Sequence[Build] 
     match stage:
         case "train":
             fewest, most = (train.workers, train.workers) if isinstance(train.workers, int) else train.workers
-            students = seconds * train.gpus * max(1, most)  # the driver trains where there are no workers
             teachers = seconds * teacher.gpus * actors_beside(config)
-            return Held(students, teachers, exact=not stopped and fewest == most)
+            return Held(seconds * train.gpus * most, teachers, exact=not stopped and fewest == most)
         case "init" | "evaluate":  # one worker's share: `on_train_hardware`
             return Held(students=seconds * train.gpus, exact=not stopped)
         case "verify":  # one actor's: `on_teacher_hardware`

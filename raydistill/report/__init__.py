@@ -2,7 +2,7 @@
 
 Read, where they are there: config.json (`{"config", "versions"}`), metrics.jsonl, baseline/metrics.jsonl, metrics.json,
 samples.json with the images it names, cache_stats.json and, where metrics.json has no `stages`, stages.json
-(`{stage: {"seconds", "gpu_seconds", "gpu_at_most", "price", "unpriced"}}`).
+(`{stage: {"seconds", "gpu_seconds", "teacher_gpu_seconds", "gpu_at_most", "price", "unpriced"}}`).
 The page needs no network and no script; charts are inline SVG and the colours follow the reader's light or dark mode.
 """
 
